@@ -1,0 +1,313 @@
+"""The four networks of Supervised Memory Training (A. Kumar and P. Isola, arXiv:2606.06479).
+
+Glossary: code, the paper's symbol, meaning
+    x, y            x_t, y_t      input tokens and the targets predicted from x_{<=t}; B rows of T
+    t                             positions of a step, shared by the rows of a batch: (S,); t = -1 is "nothing read yet"
+    memory          m_t           (..., K, d): K memory tokens of width d, each with unit root mean square
+    initial_memory  m_empty       (K, d): the memory before anything was read; the encoder of PAD alone
+    Encoder         E_phi         what to remember: the memory after reading x up to t
+    Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
+    Updater         f_theta       the RNN's transition: m_{t+1} = f(m_t, x_{t+1})
+    Readout         g_theta       the RNN's output: predicts y_t from m_t
+    context_len     T_c           tokens of past that the encoder reads
+    future_len      T_f           targets that the decoder predicts
+    V, PAD                        tokens are 0..V-1; PAD = V, "there is no token here", is one more entry of each embedding
+
+Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
+"""
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the four networks."""
+    encoder: str = "window"         # window: reads the last context_len tokens anew for each memory; causal: one pass for all
+    updater: str = "transformer"    # the RNN's transition: transformer, mlp or gru
+    d_model: int = 64               # width d of tokens and memory tokens
+    n_heads: int = 4                # attention heads
+    memory_tokens: int = 4          # memory tokens K
+    encoder_layers: int = 2         # layers of the encoder
+    decoder_layers: int = 1         # layers of the decoder
+    updater_layers: int = 2         # layers of the updater (transformer and mlp)
+    readout_layers: int = 1         # layers of the readout
+    context_len: int = 256          # tokens of past that the encoder reads (Tc)
+    future_len: int = 16            # targets that the decoder predicts (Tf)
+
+    def __post_init__(self):
+        for name in ("d_model n_heads memory_tokens encoder_layers decoder_layers updater_layers readout_layers "
+                     "context_len future_len").split():
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1")
+        if self.d_model % (2 * self.n_heads):
+            raise UsageError(f"--d_model={self.d_model} must be a multiple of 2 x n_heads = {2 * self.n_heads}")
+        for name, kinds in (("encoder", ("window", "causal")), ("updater", ("transformer", "mlp", "gru"))):
+            if getattr(self, name) not in kinds:
+                raise UsageError(f"--{name} is one of {', '.join(kinds)}, not {getattr(self, name)!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block they share
+
+def rope_angles(positions, head_dim):
+    """Rotary position embedding (Su et al. 2021) -> cos, sin, each (n, head_dim / 2), for integer positions (n,)."""
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angles = positions[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(q, rope):
+    """Turn the pairs (i, i + head_dim/2) of q (B, h, n, head_dim) by the angles of their positions."""
+    cos, sin = rope
+    a, b = q.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(q)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block: h + attention(norm(h)), then h + mlp(norm(h)). (B, n, d) -> (B, n, d)"""
+
+    def __init__(self, d, n_heads, gain=1.0):
+        super().__init__()
+        self.n_heads = n_heads
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(d), nn.RMSNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+        for linear in (self.out, self.down):
+            linear.weight.data.mul_(gain)
+
+    def forward(self, h, rope, attend):
+        B, n, d = h.shape
+        q, k, v = self.qkv(self.attention_norm(h)).view(B, n, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, n, d/h)
+        mixed = attend(rotate(q, rope), rotate(k, rope), v)
+        h = h + self.out(mixed.transpose(1, 2).reshape(B, n, d))
+        return h + self.down(F.gelu(self.up(self.mlp_norm(h))))
+
+
+def attend_to_all(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_to_past(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks. (B, n, d) -> (B, n, d); positions (n,) default to 0..n-1."""
+
+    def __init__(self, config, n_layers, gain=1.0):
+        super().__init__()
+        self.head_dim = config.d_model // config.n_heads
+        self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, gain) for _ in range(n_layers))
+
+    def forward(self, h, attend, positions=None):
+        positions = torch.arange(h.shape[1], device=h.device) if positions is None else positions
+        rope = rope_angles(positions, self.head_dim)
+        for block in self.blocks:
+            h = block(h, rope, attend)
+        return h
+
+
+def normalise(memory):
+    """Each memory token to unit root mean square, in float32, without a gain."""
+    return F.rms_norm(memory.float(), memory.shape[-1:])
+
+
+def embedding(n, d):
+    """An embedding of n tokens with unit variance, the scale of a memory token."""
+    return nn.Embedding(n, d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four networks
+
+class Encoder(nn.Module):
+    """E_phi: the memories after reading x up to each of S positions.
+
+    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone.
+    window: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each position:
+        no mask, one shape for a short past and for a sliding window. m_empty = E([PAD] * Tc).
+    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], and for each position a group of K registers that attend, in every
+        layer, to the trunk's last Tc tokens up to t and to their own group. All S memories for T + 1 + S K tokens.
+    """
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.kind, self.pad, self.context_len = config.encoder, vocab_size, config.context_len
+        self.embed = embedding(vocab_size + 1, config.d_model)
+        self.registers = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
+        self.transformer = Transformer(config, config.encoder_layers)
+
+    def forward(self, x, t):
+        return normalise(self.window(x, t) if self.kind == "window" else self.causal(x, t))
+
+    def window(self, x, t):
+        (B, _), S, (K, d) = x.shape, len(t), self.registers.shape
+        padded = F.pad(x, (self.context_len, 0), value=self.pad)
+        contexts = padded.unfold(1, self.context_len, 1)[:, t + 1].flatten(0, 1)      # (B S, Tc), the last one is x_t
+        h = torch.cat([self.embed(contexts), self.registers.expand(B * S, K, d)], dim=1)
+        return self.transformer(h, attend_to_all)[:, -K:].view(B, S, K, d)
+
+    def causal(self, x, t):
+        (B, T), S, (K, d) = x.shape, len(t), self.registers.shape
+        trunk = self.embed(F.pad(x, (1, 0), value=self.pad))                          # (B, T+1, d): token i sits at i+1
+        h = torch.cat([trunk, self.registers.repeat(S, 1).expand(B, S * K, d)], dim=1)
+
+        at = torch.arange(T + 1, device=x.device)
+        last = (t + 1).repeat_interleave(K)                                           # (S K,): the trunk place of x_t
+        group = torch.arange(S, device=x.device).repeat_interleave(K)
+        sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)
+        mask = torch.cat([sees_trunk, group[:, None] == group], dim=1)                # (S K, T+1 + S K)
+
+        def attend(q, k, v):
+            n = T + 1
+            past = attend_to_past(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+            return torch.cat([past, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)], dim=2)
+
+        positions = torch.cat([at, last + 1 + torch.arange(K, device=x.device).repeat(S)])
+        return self.transformer(h, attend, positions)[:, T + 1:].view(B, S, K, d)
+
+    def initial_memory(self):
+        """m_empty (K, d): the memory before anything was read."""
+        nothing = torch.empty(1, 0, dtype=torch.long, device=self.registers.device)
+        return self(nothing, torch.tensor([-1], device=nothing.device))[0, 0]
+
+
+class Decoder(nn.Module):
+    """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. memory (B, K, d), x (B, Tf-1) -> logits (B, Tf, V).
+
+    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}.
+    """
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.embed = embedding(vocab_size + 1, config.d_model)
+        self.transformer = Transformer(config, config.decoder_layers)
+        self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
+
+    def forward(self, memory, x):
+        h = self.transformer(torch.cat([memory, self.embed(x)], dim=1), attend_to_past)
+        return self.head(self.norm(h[:, memory.shape[1] - 1:]))
+
+
+class Updater(nn.Module):
+    """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
+
+    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened; gru: a GRU cell whose state
+    is the flattened memory.
+    """
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.kind, d, size = config.updater, config.d_model, config.d_model * config.memory_tokens
+        self.embed = embedding(vocab_size + 1, d)
+        if self.kind == "transformer":
+            self.transformer = Transformer(config, config.updater_layers, gain=0.0)   # begins as the identity
+        elif self.kind == "mlp":
+            self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 2 * size), nn.GELU(),
+                                                      nn.Linear(2 * size, size)) for _ in range(config.updater_layers))
+            for layer in self.layers:
+                nn.init.zeros_(layer[-1].weight)
+        else:
+            self.cell = nn.GRUCell(d, size)
+
+    def forward(self, memory, x):
+        token = self.embed(x)
+        if self.kind == "transformer":
+            h = self.transformer(torch.cat([memory, token[:, None]], dim=1), attend_to_all)[:, :-1]
+        else:
+            h = memory.flatten(1)
+            if self.kind == "gru":
+                h = self.cell(token, h)
+            else:
+                for layer in self.layers:
+                    h = h + layer(torch.cat([h, token], dim=1))
+            h = h.view_as(memory)
+        return normalise(h)
+
+
+class Readout(nn.Module):
+    """g_theta, the RNN's output: a bidirectional Transformer over the memory. (B, K, d) -> logits (B, V), from the last token."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        self.transformer = Transformer(config, config.readout_layers)
+        self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
+
+    def forward(self, memory):
+        return self.head(self.norm(self.transformer(memory, attend_to_all)[:, -1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recurrence, and what a checkpoint holds
+
+def roll_out(updater, memory, x):
+    """Run the RNN over x (B, T) from memory (B, K, d): the memories after each token, (B, T, K, d). One step after the other."""
+    memories = []
+    for token in x.unbind(1):
+        memory = updater(memory, token)
+        memories.append(memory)
+    return torch.stack(memories, dim=1)
+
+
+NETWORKS = {"encoder": Encoder, "decoder": Decoder, "updater": Updater, "readout": Readout}
+
+
+def build(config, vocab_size, names=tuple(NETWORKS)):
+    """The named networks of a ModelConfig (or of a stage's config that extends it) as one nn.ModuleDict."""
+    return nn.ModuleDict({name: NETWORKS[name](config, vocab_size) for name in names})
+
+
+def restore(checkpoint, data):
+    """The networks of a checkpoint, with its weights, and its m_empty (K, d). DataError if it does not fit the data set.
+
+    Returns ModelConfig, networks, initial_memory.
+    """
+    trained_on = checkpoint["data"]
+    if trained_on != {"name": data.meta["name"], "vocab_size": data.vocab_size}:
+        raise DataError(f"the checkpoint was trained on {trained_on['name']} (vocabulary {trained_on['vocab_size']}), "
+                        f"this data set is {data.meta['name']} (vocabulary {data.vocab_size})")
+    try:
+        config = ModelConfig(**checkpoint["model_config"])
+        names = [name for name in NETWORKS if any(key.startswith(name + ".") for key in checkpoint["model"])]
+        networks = build(config, data.vocab_size, names)
+        networks.load_state_dict(checkpoint["model"])
+        initial_memory = checkpoint["initial_memory"].view(config.memory_tokens, config.d_model)
+    except (RuntimeError, TypeError, KeyError, UsageError) as error:
+        raise DataError(f"the checkpoint does not fit this architecture: {error}") from None
+    return config, networks, initial_memory
+
+
+def parameter_counts(networks):
+    """One line: the parameters of each network and of all."""
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    return "parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()) + f", in all {sum(counts.values()):,}"
+
+
+def forward_flops(config, vocab_size, T, S):
+    """FLOPs of one forward pass, two per multiply-add: the encoder for S memories of one row of T tokens, the decoder for
+    one future, the updater for one step, the readout for one memory."""
+    d, K = config.d_model, config.memory_tokens
+
+    def stack(n_layers, tokens, keys):
+        return n_layers * tokens * (24 * d * d + 4 * keys * d)
+
+    window, seen = config.context_len + K, min(config.context_len, T) // 2 + K
+    decoded = K + config.future_len - 1
+    return {"encoder": (S * stack(config.encoder_layers, window, window) if config.encoder == "window" else
+                        stack(config.encoder_layers, T + 1, T // 2) + stack(config.encoder_layers, S * K, seen)),
+            "decoder": stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * 2 * d * vocab_size,
+            "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1),
+                        "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d),
+                        "gru": 6 * K * d * (K * d + d)}[config.updater],
+            "readout": stack(config.readout_layers, K, K) + 2 * d * vocab_size}
+
+
+def chain_flops(network):
+    """FLOPs along the longest chain of dependent operations of a network: one token's way through all of its matrices."""
+    return 2 * sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and "embed" not in name and name != "registers")

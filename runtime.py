@@ -1,0 +1,463 @@
+"""What every stage needs and the method does not: command line, device, precision, processes, learning rate, checkpoints, log.
+
+Nothing in here knows what a memory is. A train script uses it in this order:
+
+    config = runtime.parse(Config, presets=PRESETS)     the command line, from a frozen dataclass
+    run = runtime.start(config, "smt")                  device, precision, processes, signals, output folder
+    ...
+    run.log(step=..., train_loss=...)                   one JSON object a line in metrics.jsonl
+    runtime.save(run.checkpoint_path, ...)              atomically
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import types
+import typing
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UsageError(Exception):
+    """A bad argument: one line on stderr, exit status 2."""
+
+
+class DataError(Exception):
+    """Bad data or a bad file: one line on stderr, exit status 1."""
+
+
+def run_main(main):
+    """Call main(); a mistake of the user's becomes one line on stderr and an exit status, never a traceback."""
+    try:
+        main()
+    except (UsageError, DataError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The flags that all train scripts share."""
+    dataset: str = "fables"     # data set to train on; prepared first if it is missing (python data.py --help lists them)
+    data_dir: str = "data"      # folder that holds the prepared data sets
+    out_dir: str = ""           # folder of the run; empty: runs/<dataset>-<stage>
+    preset: str = ""            # sizes to start from: tiny, small or paper; empty: paper for tinystories, mnist and sketchy, else tiny
+    seed: int = 1337            # seeds the initial weights, the batches and the positions
+    device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
+    compile: bool | None = None  # torch.compile the training step; unset: on CUDA only
+    init_from: str = ""         # checkpoint (file or folder of a run) whose weights to start from
+    resume: bool = False        # continue the run in out_dir, bit for bit
+    max_iters: int = 1000       # optimiser steps
+    batch_size: int = 32        # rows per step, over all processes
+    grad_accum: int = 1         # micro-batches per step and process; saves memory, changes nothing else
+    lr: float = 1e-3            # peak learning rate
+    lr_decay: str = "cosine"    # after the warm-up: constant, or cosine down to a tenth
+    warmup: float = 0.01        # share of the steps over which the learning rate rises
+    weight_decay: float = 0.01  # of matrices; gains, biases and embeddings are not decayed
+    grad_clip: float = 1.0      # greatest norm of the gradient; 0: no clipping
+    eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
+    eval_docs: int = 64         # held-out documents to evaluate on
+    eval_len: int = 512         # tokens read of each of them at most
+    log_interval: int = 10      # steps between log lines
+
+    def __post_init__(self):
+        positive = "max_iters batch_size grad_accum eval_interval eval_docs eval_len log_interval".split()
+        for name in (n for n in positive if getattr(self, n) < 1):
+            raise UsageError(f"--{name} must be at least 1")
+        if not self.lr > 0:
+            raise UsageError("--lr must be above 0")
+        if self.lr_decay not in ("constant", "cosine"):
+            raise UsageError(f"--lr_decay is constant or cosine, not {self.lr_decay!r}")
+        if not 0 <= self.warmup <= 1 or self.weight_decay < 0 or self.grad_clip < 0:
+            raise UsageError("--warmup is a share from 0 to 1; --weight_decay and --grad_clip are not negative")
+
+
+def field_comments(cls):
+    """The trailing `# comment` of every field of a dataclass and of those it inherits from: name -> comment."""
+    comments = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            comments |= dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(base), re.M))
+    return comments
+
+
+def parse_bool(text):
+    """true/false, yes/no, 1/0 in any case -> bool; ValueError otherwise."""
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise ValueError(text)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(Config, argv=None, presets=None):
+    """The command line as a Config (a frozen dataclass): defaults, then the preset's values, then the flags given.
+
+    A field's trailing comment is its --help. An unknown flag, a wrong type or a value that Config's __post_init__
+    refuses ends the program with status 2 and one line. presets: {name: {field: value}}; "<name>/<dataset>" adds to it.
+    """
+    hints, comments = typing.get_type_hints(Config), field_comments(Config)
+    doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
+    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        kind = next((t for t in typing.get_args(hints[f.name]) if t is not types.NoneType), hints[f.name])
+        default = "unset" if f.default in (None, "") else f.default
+        text = f"{comments.get(f.name, '')} ({kind.__name__}, default {default})".replace("%", "%%")
+        optional = dict(nargs="?", const=True, type=parse_bool) if kind is bool else dict(type=kind)
+        parser.add_argument(f"--{f.name}", metavar="", default=None, help=text, **optional)
+
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag, [f"--{name}" for name in comments], n=1, cutoff=0.0)
+        parser.error(f"unknown argument {unknown[0]}; the nearest flag is {near[0]} (--help lists all)"
+                     if flag.startswith("-") else f"unexpected argument {unknown[0]!r}: flags are --name=value")
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    if presets is not None:
+        dataset = given.get("dataset", Config.dataset)
+        name = given.get("preset") or ("paper" if dataset in ("tinystories", "mnist", "sketchy") else "tiny")
+        if name not in presets:
+            parser.error(f"--preset is one of {', '.join(p for p in presets if '/' not in p)}, not {name!r}")
+        given = presets[name] | presets.get(f"{name}/{dataset}", {}) | given | {"preset": name}
+    try:
+        return Config(**given)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run: where it computes and where it writes
+
+@dataclass
+class Run:
+    """One training run: its device, processes and output folder, what it has spent so far, and whether it was asked to stop."""
+    device: torch.device
+    rank: int
+    world_size: int
+    out_dir: Path
+    compile: bool
+    log_interval: int
+    spent: dict = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "flops": 0, "sequential_flops": 0})
+    clock: float = 0.0                                  # when `seconds` was last brought up to date
+    sums: dict = field(default_factory=dict)            # of the losses since the last log line: tensors, not synchronised
+    since: dict = field(default_factory=dict)           # what had been spent then
+    stop_asked: bool = False
+
+    @property
+    def checkpoint_path(self):
+        return self.out_dir / "ckpt.pt"
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def print(self, *args):
+        if self.is_main:
+            print(*args, flush=True)
+
+    def autocast(self):
+        """bf16 on CUDA, nothing elsewhere. Use one block per forward pass: casts of weights are cached inside a block."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def first(self, function):
+        """Call function() on the main process while the others wait."""
+        if self.is_main:
+            function()
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """The sum of a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def should_stop(self, step):
+        """Whether SIGINT or SIGTERM arrived. Several processes agree on it at log steps only: it costs a synchronisation."""
+        if self.world_size == 1:
+            return self.stop_asked
+        return step % self.log_interval == 0 and self.sum(torch.tensor(float(self.stop_asked), device=self.device)).item() > 0
+
+    # -- the log: one JSON object a line, one line on the terminal
+
+    def start_clock(self):
+        self.clock = time.perf_counter()
+
+    def read_clock(self):
+        """Add the time since the clock was started or read to the seconds spent."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.spent["seconds"] += now - self.clock
+        self.clock = now
+
+    def log(self, step, **numbers):
+        """Append what was spent up to a step, and the numbers, to metrics.jsonl."""
+        if self.is_main:
+            with open(self.out_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **self.spent, **numbers}) + "\n")
+
+    def spend(self, **amounts):
+        """Add tokens, flops and sequential_flops of a step to what the run has spent."""
+        for name, amount in amounts.items():
+            self.spent[name] += amount
+
+    def count(self, losses):
+        """Add the losses (tensors) of a micro-batch to the sums of the next log line, without synchronising."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+
+    def log_training(self, step, grad_norm, lr):
+        """Every log_interval steps: the losses' means over these steps, micro-batches and processes. DataError if not finite."""
+        if step % self.log_interval:
+            return
+        self.read_clock()
+        since = self.since or {"step": step - self.log_interval, "tokens": 0, "seconds": 0.0}
+        steps = step - since["step"]
+        means = self.sum(torch.stack(list(self.sums.values()))) / steps
+        losses = {name: float(mean) for name, mean in zip(self.sums, means.tolist())}
+        if not math.isfinite(losses["train_loss"]):
+            raise DataError(f"the loss became {losses['train_loss']} before step {step}; the last checkpoint stays as it was")
+        seconds = self.spent["seconds"] - since["seconds"]
+        speed = round((self.spent["tokens"] - since["tokens"]) / seconds)
+        self.log(step, **losses, grad_norm=float(grad_norm), lr=lr, tokens_per_second=speed)
+        shown = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in losses.items())
+        self.print(f"step {step:6d}  {shown}  norm {float(grad_norm):.2f}  lr {lr:.1e}  "
+                   f"{seconds / steps * 1000:.0f} ms/step  {speed:,} tokens/s")
+        self.sums, self.since = {}, {"step": step, **self.spent}
+
+    def log_evaluation(self, step, numbers):
+        """Log and print the numbers of an evaluation."""
+        self.log(step, **numbers)
+        shown = "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in numbers.items())
+        self.print(f"step {step:6d}  held out:  {shown}  ({self.spent['seconds']:.0f} s of training)")
+
+    @contextmanager
+    def evaluating(self):
+        """Inside, the clock stands, there are no gradients, and the other processes may run ahead to their next exchange."""
+        self.read_clock()
+        with torch.no_grad(), self.autocast():
+            yield
+        self.start_clock()
+
+
+def choose_device(name, local_rank=0):
+    """torch.device for --device; UsageError where this machine has no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device is auto, cpu, cuda, cuda:N or mps, not {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device=cuda, but torch sees no CUDA device here")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"--device={name}, but there are {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9; the old switch must not be mixed in
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = True
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device=mps, but torch sees no such device here")
+    elif device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device is auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    return device
+
+
+def start(config, stage):
+    """Join the other processes (torchrun), choose device and precision, make the output folder, print it all in one line."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if config.batch_size % (world_size * config.grad_accum):
+        raise UsageError(f"--batch_size={config.batch_size} must be a multiple of processes x grad_accum "
+                         f"= {world_size} x {config.grad_accum}")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(config.seed)
+
+    compile = config.compile if config.compile is not None else device.type == "cuda"
+    run = Run(device, rank, world_size, Path(config.out_dir or f"runs/{config.dataset}-{stage}"), compile, config.log_interval)
+
+    def ask_to_stop(*_):
+        run.stop_asked = True
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+
+    if config.resume and not run.checkpoint_path.exists():
+        raise DataError(f"--resume: there is no {run.checkpoint_path}")
+    run.print(f"{stage}: {config.dataset}, preset {config.preset}, {device} ({torch.get_num_threads()} threads), "
+              f"{'bf16 autocast' if device.type == 'cuda' else 'float32'}, compile {'on' if compile else 'off'}, "
+              f"{world_size} process{'es' if world_size > 1 else ''}, writes {run.out_dir}")
+    return run
+
+
+def begin(run, config, networks, optimizer):
+    """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns the first step.
+
+    --resume also restores the optimiser and what was spent, and drops the log lines that will be written again.
+    """
+    step, lines = 0, []
+    log = run.out_dir / "metrics.jsonl"
+    if config.resume:
+        checkpoint = load(run.checkpoint_path, run.device)
+        load_weights(networks, checkpoint["model"], run.checkpoint_path)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, run.spent = checkpoint["step"], checkpoint["spent"]
+        run.since = {"step": step, **run.spent}
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
+    elif config.init_from:
+        load_weights(networks, load(config.init_from, run.device)["model"], config.init_from)
+    if run.is_main:
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+        write_atomically(run.out_dir / "config.json", lambda path: path.write_text(text))
+        write_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+    return step
+
+
+def load_weights(networks, weights, path):
+    """Load the weights of those networks that a checkpoint has too. DataError where they do not fit."""
+    own = networks.state_dict()
+    wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    shared = {name: tensor for name, tensor in weights.items() if name in own}
+    if wrong or not shared:
+        raise DataError(f"{path} has another architecture: {wrong[0] if wrong else 'no network'} does not fit")
+    networks.load_state_dict(shared, strict=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+class LossModule(torch.nn.Module):
+    """The networks and their loss as one module whose forward returns the loss: what DDP wraps and torch.compile compiles."""
+
+    def __init__(self, networks, loss):
+        super().__init__()
+        self.networks, self.loss = networks, loss
+
+    def forward(self, *args):
+        return self.loss(self.networks, *args)
+
+
+def distribute(networks, loss, run):
+    """LossModule, wrapped for DDP where there are several processes and compiled where asked."""
+    module = LossModule(networks, loss)
+    if run.world_size > 1:
+        ids = [run.device.index] if run.device.type == "cuda" else None
+        module = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    return torch.compile(module, dynamic=False) if run.compile else module
+
+
+def micro_step(module, last):
+    """Context of one micro-batch, forward and backward: DDP exchanges gradients in the last one of a step only."""
+    return nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
+
+
+def adamw(networks, config):
+    """Fused AdamW (0.9, 0.95); only matrices of linear layers are decayed."""
+    parameters = [p for p in networks.parameters() if p.requires_grad]
+    embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
+    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
+    ids = {id(p) for p in decayed}
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if id(p) not in ids], "weight_decay": 0.0}]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)
+
+
+def learning_rate(step, config):
+    """Linear warm-up to config.lr, then constant, or a cosine down to a tenth of it at max_iters."""
+    warmup = max(1, round(config.warmup * config.max_iters))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.lr_decay == "constant":
+        return config.lr
+    share = (step - warmup) / max(1, config.max_iters - warmup)
+    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def optimizer_step(optimizer, lr, grad_clip):
+    """Clip, step, forget the gradients; returns their norm before clipping, a tensor: nothing is synchronised."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def write_atomically(path, write):
+    """write(temporary path), then rename it to path: path is whole or not there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(run, stage, step, config, data, networks, optimizer, **content):
+    """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True can load it."""
+    if not run.is_main:
+        return
+    if not all(bool(p.isfinite().all()) for p in networks.parameters()):
+        raise DataError(f"a weight became infinite or NaN before step {step}; the last checkpoint stays as it was")
+    content |= dict(stage=stage, step=step, spent=run.spent, config=dataclasses.asdict(config),
+                    data={"name": data.meta["name"], "vocab_size": data.vocab_size},
+                    model=networks.state_dict(), optimizer=optimizer.state_dict())
+    write_atomically(run.checkpoint_path, lambda path: torch.save(content, path))
+
+
+def load(path, map_location="cpu"):
+    """A checkpoint file, or the ckpt.pt of a run's folder, as a dict. DataError if it is missing, truncated or not ours."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
+        raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not {"stage", "step", "data", "model"} <= checkpoint.keys():
+        raise DataError(f"{path} is not a checkpoint of this project")
+    return checkpoint
