@@ -108,7 +108,7 @@ class Data:
         return self.meta["longest_document"]
 
 
-PURPOSES = ["batch", "generate", "held out", "split"]
+PURPOSES = ["batch", "generate", "held out", "split", "roll-out"]
 
 
 def philox(seed, stream, purpose):
@@ -174,6 +174,21 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
     return x, y, torch.from_numpy(np.sort(t))
 
 
+def stream_rows(data, step, batch_size, seq_len, length, rank=0, world_size=1):
+    """Rows of streams that go on from step to step, each in its own part of the text: the last `length` tokens are new.
+
+    Returns x, y (batch_size / world_size, seq_len), and whether the streams begin anew, as they do at their part's end.
+    """
+    if data.kind != "text" or not 0 < length < seq_len:
+        raise UsageError("streams that go on need running text and fewer new tokens than a row has (--horizon < --seq_len)")
+    part = (len(data.train.tokens) - 1) // batch_size
+    steps = (part - seq_len) // length + 1
+    if steps < 1:
+        raise UsageError(f"{batch_size} streams of {seq_len} tokens are more than the text's {len(data.train.tokens)}")
+    begin = torch.arange(batch_size).chunk(world_size)[rank] * part + step % steps * length
+    return *document_rows(data.train, data.meta, begin, seq_len, cut=False), step % steps == 0
+
+
 def held_out(data, n_documents, length, seed):
     """Validation rows x, y (n_documents, length), the same for every caller with the same seed.
 
@@ -201,6 +216,17 @@ def image_to_tokens(image, meta):
     """The tokens (n,) uint8 of a picture (H, W): the inverse of tokens_to_image."""
     patch = meta["image"]["patch"]
     return np.asarray(image, np.uint8).reshape(-1) if patch == 1 else download.to_patches(image, patch)
+
+
+def read_picture(path, meta):
+    """The tokens (n,) uint8 of a picture file, as in the data set: a sketch is resized, a digit must have its size already."""
+    if not Path(path).is_file():
+        raise UsageError(f"there is no picture {path}")
+    height, width = meta["image"]["height"], meta["image"]["width"]
+    image = download.read_sketch(path) if meta["name"] == "sketchy" else download.read_grey(path)
+    if image.shape != (height, width):
+        raise UsageError(f"{path} has {image.shape[0]} x {image.shape[1]} pixels, a picture of {meta['name']} {height} x {width}")
+    return image_to_tokens(image, meta)
 
 
 def encode(text, meta):
@@ -313,6 +339,12 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=Config.train_token
     finally:
         shutil.rmtree(made, ignore_errors=True)
     print(summary(meta, folder))
+
+
+def ensure(name, data_dir):
+    """Prepare a data set that is not there yet."""
+    if not (Path(data_dir) / name / "meta.json").exists():
+        prepare(name, data_dir)
 
 
 def check_request(name, source, seed, train_tokens, val_tokens, options):

@@ -307,10 +307,6 @@ def pixels(path):
 
 def sketches(source, rng):
     """The pictures under a folder: ("train", pieces), then ("val", pieces), of a tenth of them, drawn by rng."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("sketchy reads pictures with Pillow: pip install pillow") from None
     paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
     if len(paths) < 2:
         raise DataError(f"{source} holds {len(paths)} pictures ({' '.join(sorted(PICTURES))}): at least two are needed")
@@ -318,21 +314,35 @@ def sketches(source, rng):
 
     for split, which in ("train", np.sort(order[n_held_out:])), ("val", np.sort(order[:n_held_out])):
         shown = tqdm(which, desc=f"sketchy {split}", unit=" pictures", disable=None)
-        yield split, ((to_patches(read_sketch(Image, paths[i]), 2), [0]) for i in shown)
+        yield split, ((to_patches(read_sketch(paths[i]), 2), [0]) for i in shown)
 
 
-def read_sketch(Image, path):
-    """A picture as 64 x 64 grey levels: transparent is white, and white beside makes it square."""
+def open_picture(path):
+    """A picture file as a Pillow image with transparency; DataError if it is none."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError("pictures are read with Pillow: pip install pillow") from None
     try:
         with Image.open(path) as file:
             file.seek(0)
-            picture = file.convert("RGBA")
-        canvas = Image.new("RGBA", (max(picture.size),) * 2, "white")
-        corner = [(max(picture.size) - side) // 2 for side in picture.size]
-        canvas.alpha_composite(picture, tuple(corner))
-        return np.asarray(canvas.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
+            return file.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as a picture: {error}") from None
+
+
+def read_grey(path):
+    """A picture file as grey levels (H, W) uint8."""
+    return np.asarray(open_picture(path).convert("L"))
+
+
+def read_sketch(path):
+    """A picture file as 64 x 64 grey levels: transparent is white, and white beside makes it square."""
+    from PIL import Image
+    picture = open_picture(path)
+    canvas = Image.new("RGBA", (max(picture.size),) * 2, "white")
+    canvas.alpha_composite(picture, tuple((max(picture.size) - side) // 2 for side in picture.size))
+    return np.asarray(canvas.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def to_patches(image, patch):

@@ -55,18 +55,23 @@ class ModelConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # The block they share
 
-def rope_angles(positions, head_dim):
-    """Rotary position embedding (Su et al. 2021) -> cos, sin, each (n, head_dim / 2), for integer positions (n,)."""
+def at_least_float32(x):
+    """bf16 to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rope(positions, head_dim):
+    """Rotary position embedding (Su et al. 2021): e^{i position frequency}, complex (n, head_dim / 2), for positions (n,)."""
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angles = positions[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(q, rope):
-    """Turn the pairs (i, i + head_dim/2) of q (B, h, n, head_dim) by the angles of their positions."""
-    cos, sin = rope
-    a, b = q.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(q)
+def rotate(q, turns):
+    """Turn the neighbouring pairs of q (B, n, .., h, head_dim) by the angles of their positions, turns (n, head_dim / 2)."""
+    pairs = torch.view_as_complex(at_least_float32(q).unflatten(-1, (-1, 2)))
+    turns = turns.view(len(turns), *[1] * (q.dim() - 3), -1)
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(q)
 
 
 class Block(nn.Module):
@@ -81,10 +86,11 @@ class Block(nn.Module):
         for linear in (self.out, self.down):
             linear.weight.data.mul_(gain)
 
-    def forward(self, h, rope, attend):
+    def forward(self, h, turns, attend):
         B, n, d = h.shape
-        q, k, v = self.qkv(self.attention_norm(h)).view(B, n, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, n, d/h)
-        mixed = attend(rotate(q, rope), rotate(k, rope), v)
+        qkv = self.qkv(self.attention_norm(h)).view(B, n, 3, self.n_heads, -1)
+        q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                  # (B, h, n, d / h) each
+        mixed = attend(q, k, qkv[:, :, 2].transpose(1, 2))
         h = h + self.out(mixed.transpose(1, 2).reshape(B, n, d))
         return h + self.down(F.gelu(self.up(self.mlp_norm(h))))
 
@@ -107,20 +113,15 @@ class Transformer(nn.Module):
 
     def forward(self, h, attend, positions=None):
         positions = torch.arange(h.shape[1], device=h.device) if positions is None else positions
-        rope = rope_angles(positions, self.head_dim)
+        turns = rope(positions, self.head_dim)
         for block in self.blocks:
-            h = block(h, rope, attend)
+            h = block(h, turns, attend)
         return h
 
 
 def normalise(memory):
     """Each memory token to unit root mean square, in float32, without a gain."""
-    return F.rms_norm(memory.float(), memory.shape[-1:])
-
-
-def embedding(n, d):
-    """An embedding of n tokens with unit variance, the scale of a memory token."""
-    return nn.Embedding(n, d)
+    return F.rms_norm(at_least_float32(memory), memory.shape[-1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ class Encoder(nn.Module):
     def __init__(self, config, vocab_size):
         super().__init__()
         self.kind, self.pad, self.context_len = config.encoder, vocab_size, config.context_len
-        self.embed = embedding(vocab_size + 1, config.d_model)
+        self.embed = nn.Embedding(vocab_size + 1, config.d_model)
         self.registers = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
         self.transformer = Transformer(config, config.encoder_layers)
 
@@ -186,7 +187,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.embed = embedding(vocab_size + 1, config.d_model)
+        self.embed = nn.Embedding(vocab_size + 1, config.d_model)
         self.transformer = Transformer(config, config.decoder_layers)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
@@ -204,8 +205,9 @@ class Updater(nn.Module):
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.kind, d, size = config.updater, config.d_model, config.d_model * config.memory_tokens
-        self.embed = embedding(vocab_size + 1, d)
+        self.kind, self.pad = config.updater, vocab_size
+        d, size = config.d_model, config.d_model * config.memory_tokens
+        self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
             self.transformer = Transformer(config, config.updater_layers, gain=0.0)   # begins as the identity
         elif self.kind == "mlp":
@@ -263,24 +265,22 @@ def build(config, vocab_size, names=tuple(NETWORKS)):
     return nn.ModuleDict({name: NETWORKS[name](config, vocab_size) for name in names})
 
 
-def restore(checkpoint, data):
-    """The networks of a checkpoint, with its weights, and its m_empty (K, d). DataError if it does not fit the data set.
-
-    Returns ModelConfig, networks, initial_memory.
-    """
-    trained_on = checkpoint["data"]
-    if trained_on != {"name": data.meta["name"], "vocab_size": data.vocab_size}:
-        raise DataError(f"the checkpoint was trained on {trained_on['name']} (vocabulary {trained_on['vocab_size']}), "
-                        f"this data set is {data.meta['name']} (vocabulary {data.vocab_size})")
+def restore(checkpoint, device="cpu"):
+    """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d). DataError if it does not fit."""
     try:
         config = ModelConfig(**checkpoint["model_config"])
         names = [name for name in NETWORKS if any(key.startswith(name + ".") for key in checkpoint["model"])]
-        networks = build(config, data.vocab_size, names)
-        networks.load_state_dict(checkpoint["model"])
+        networks = build(config, checkpoint["data"]["vocab_size"], names)
+        networks.load_state_dict({key: w for key, w in checkpoint["model"].items() if key.split(".")[0] in names})
         initial_memory = checkpoint["initial_memory"].view(config.memory_tokens, config.d_model)
-    except (RuntimeError, TypeError, KeyError, UsageError) as error:
+    except (RuntimeError, TypeError, KeyError, AttributeError, UsageError) as error:
         raise DataError(f"the checkpoint does not fit this architecture: {error}") from None
-    return config, networks, initial_memory
+    return config, networks.to(device), initial_memory.to(device)
+
+
+def model_fields(config):
+    """The fields of ModelConfig in a stage's config that extends it, as a dict."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
 
 
 def parameter_counts(networks):

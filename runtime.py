@@ -202,6 +202,14 @@ class Run:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor):
+        """The rows of all processes, one after the other: (B / world, ..) -> (B, ..)."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     def should_stop(self, step):
         """Whether SIGINT or SIGTERM arrived. Several processes agree on it at log steps only: it costs a synchronisation."""
         if self.world_size == 1:
@@ -324,7 +332,7 @@ def start(config, stage):
     return run
 
 
-def begin(run, config, networks, optimizer):
+def begin(run, config, data, networks, optimizer):
     """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns the first step.
 
     --resume also restores the optimiser and what was spent, and drops the log lines that will be written again.
@@ -333,19 +341,29 @@ def begin(run, config, networks, optimizer):
     log = run.out_dir / "metrics.jsonl"
     if config.resume:
         checkpoint = load(run.checkpoint_path, run.device)
+        check_data(checkpoint, data)
         load_weights(networks, checkpoint["model"], run.checkpoint_path)
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, run.spent = checkpoint["step"], checkpoint["spent"]
         run.since = {"step": step, **run.spent}
         lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
     elif config.init_from:
-        load_weights(networks, load(config.init_from, run.device)["model"], config.init_from)
+        checkpoint = load(config.init_from, run.device)
+        check_data(checkpoint, data)
+        load_weights(networks, {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, config.init_from)
     if run.is_main:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
         write_atomically(run.out_dir / "config.json", lambda path: path.write_text(text))
         write_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
     return step
+
+
+def check_data(checkpoint, data):
+    """DataError unless a checkpoint was trained on this data set."""
+    trained, here = (f"{meta['name']} (vocabulary {meta['vocab_size']})" for meta in (checkpoint["data"], data.meta))
+    if trained != here:
+        raise DataError(f"the checkpoint was trained on {trained}, this data set is {here}")
 
 
 def load_weights(networks, weights, path):
@@ -443,7 +461,7 @@ def save(run, stage, step, config, data, networks, optimizer, **content):
     if not all(bool(p.isfinite().all()) for p in networks.parameters()):
         raise DataError(f"a weight became infinite or NaN before step {step}; the last checkpoint stays as it was")
     content |= dict(stage=stage, step=step, spent=run.spent, config=dataclasses.asdict(config),
-                    data={"name": data.meta["name"], "vocab_size": data.vocab_size},
+                    data=data.meta,
                     model=networks.state_dict(), optimizer=optimizer.state_dict())
     write_atomically(run.checkpoint_path, lambda path: torch.save(content, path))
 
@@ -458,6 +476,6 @@ def load(path, map_location="cpu"):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
         raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"stage", "step", "data", "model"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"stage", "step", "data", "model", "model_config", "initial_memory"} <= checkpoint.keys():
         raise DataError(f"{path} is not a checkpoint of this project")
     return checkpoint

@@ -1,0 +1,192 @@
+"""Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to the questions of a synthetic task.
+
+    python sample.py                                             # fables, the most finished run: dmt, else smt, else bptt
+    python sample.py --dataset=tinystories --prompt="Once upon a time" --num_samples=3 --temperature=0.7
+    python sample.py --dataset=mnist --num_samples=64            # a grid of pictures
+    python sample.py --dataset=mnist --prompt=digit.png --keep=0.5    # complete the upper half of a picture
+    python sample.py --dataset=mnist --prompt=held-out           # complete held-out pictures, beside the truth
+    python sample.py --dataset=retrieval                         # question, answer, truth
+
+Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many came before.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data as datasets
+import runtime
+from data import IGNORE
+from model import restore
+from runtime import UsageError
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "fables"     # data set whose most finished run in runs/ is taken
+    ckpt: str = ""              # checkpoint (file or folder of a run) to take instead
+    data_dir: str = "data"      # folder of the prepared data sets; needed for held-out questions and pictures only
+    prompt: str = ""            # text to go on from; for pictures: a picture file to complete, or held-out
+    keep: float = 0.5           # share of the prompt's picture that is given, from its top
+    num_samples: int = 0        # how many; 0: 1 text, 16 pictures, 10 questions
+    max_new_tokens: int = 1000  # tokens to generate at most; a story also ends where the model ends it
+    temperature: float = 0.8    # 1: the model's own distribution; 0: always the likeliest token
+    top_k: int = 0              # draw from the k likeliest tokens only; 0: from all
+    seed: int = 0               # sample i is drawn with seed + i
+    device: str = "cpu"         # cpu, cuda, mps or auto; one stream is fastest on a CPU
+    out: str = ""               # picture file to write; empty: samples.png beside the checkpoint
+
+    def __post_init__(self):
+        if self.num_samples < 0 or self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
+            raise UsageError("--max_new_tokens is at least 1; --num_samples, --temperature and --top_k are not negative")
+        if not 0 <= self.keep <= 1:
+            raise UsageError("--keep is a share from 0 to 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+def choose(logits, temperature, top_k, generators):
+    """One token for each row of logits (B, V) -> (B,), row i with generators[i]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities = (logits / temperature).softmax(-1).cpu()
+    drawn = [torch.multinomial(p, 1, generator=generator) for p, generator in zip(probabilities, generators)]
+    return torch.cat(drawn).to(logits.device)
+
+
+@torch.inference_mode()
+def read(networks, memory, tokens):
+    """Read tokens (B, n) one by one from memory (B, K, d); returns the memory after them."""
+    for token in tokens.unbind(1):
+        memory = networks["updater"](memory, token)
+    return memory
+
+
+@torch.inference_mode()
+def generate(networks, memory, temperature, top_k, generators):
+    """Endlessly: predict a token from memory (B, K, d), draw it, yield it (B,), read it."""
+    while True:
+        token = choose(networks["readout"](memory), temperature, top_k, generators)
+        yield token
+        memory = networks["updater"](memory, token)
+
+
+def seeded(seed, count):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def complete(networks, initial_memory, given, length, config):
+    """Rows of `length` tokens that begin with given (B, n), n >= 1."""
+    memory = read(networks, initial_memory.expand(len(given), -1, -1), given)
+    tokens = generate(networks, memory, config.temperature, config.top_k, seeded(config.seed, len(given)))
+    return torch.cat([given] + [next(tokens)[:, None] for _ in range(length - given.shape[1])], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three kinds of data
+
+def tell(networks, initial_memory, meta, config):
+    """Stream texts to the terminal, token by token."""
+    separator = meta["first_token"]
+    device = initial_memory.device
+    prompt = datasets.encode(config.prompt, meta)
+    for i in range(config.num_samples or 1):
+        memory = read(networks, initial_memory[None], torch.tensor([[separator, *prompt]], device=device))
+        write(bytes(prompt))
+        for count, token in enumerate(generate(networks, memory, config.temperature, config.top_k, seeded(config.seed + i, 1)), 1):
+            if separator == 0 and token == 0:
+                break
+            write(bytes([token]))
+            if count == config.max_new_tokens:
+                break
+        write(b"\n\n" if i + 1 < (config.num_samples or 1) else b"\n")
+
+
+def write(text):
+    """Bytes to the terminal at once: a character may be several tokens long."""
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+
+
+def paint(networks, initial_memory, meta, config, path):
+    """Generate or complete pictures and write them as one PNG grid; for completions also what was given, and the truth."""
+    n, shape = config.num_samples or 16, (meta["image"]["height"], meta["image"]["width"])
+    device, length = initial_memory.device, meta["longest_document"]
+    kept = max(1, round(config.keep * length)) if config.prompt else 1
+    if config.prompt == "held-out":
+        whole, _ = datasets.held_out(datasets.load(meta["name"], config.data_dir), n, length, config.seed)
+    elif config.prompt:
+        whole = torch.from_numpy(datasets.read_picture(config.prompt, meta)).long().expand(n, -1)
+    else:
+        whole = torch.full((n, length), meta["first_token"])
+    tokens = complete(networks, initial_memory, whole[:, :kept].to(device), length, config).cpu()
+
+    pictures = [datasets.tokens_to_image(row, meta) for row in tokens]
+    columns = 1 << (n - 1).bit_length() // 2 + (n - 1).bit_length() % 2
+    if config.prompt:                                # three lines: given (the rest grey), completed, truth
+        truth = [datasets.tokens_to_image(row, meta) for row in whole]
+        known = np.arange(shape[0])[:, None] < config.keep * shape[0]
+        pictures = [np.where(known, picture, 128) for picture in truth] + pictures + truth
+        columns = n
+    save_grid(pictures, columns, path)
+    print(path)
+
+
+def save_grid(pictures, columns, path):
+    """Write pictures (H, W) 0..255 as a PNG, `columns` in a line, with a border of two grey pixels."""
+    from matplotlib.image import imsave
+    height, width = pictures[0].shape
+    lines = -(-len(pictures) // columns)
+    grid = np.full((2 + lines * (height + 2), 2 + columns * (width + 2)), 96, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
+        grid[top:top + height, left:left + width] = picture
+    runtime.write_atomically(path, lambda temporary: imsave(temporary, grid, cmap="gray", vmin=0, vmax=255, format="png"))
+
+
+def answer(networks, initial_memory, meta, config):
+    """Ask held-out questions: a line for the document, one for the RNN's answers where something is asked, one for the truth."""
+    data = datasets.load(meta["name"], config.data_dir)
+    x, y = datasets.held_out(data, config.num_samples or 10, meta["longest_document"], config.seed)
+    memory, answers = initial_memory.expand(len(x), -1, -1), []
+    generators = seeded(config.seed, len(x))
+    for token in x.to(memory.device).unbind(1):
+        memory = read(networks, memory, token[:, None])
+        answers.append(choose(networks["readout"](memory), config.temperature, config.top_k, generators).cpu())
+    answers = torch.stack(answers, dim=1)
+    asked, right = y != IGNORE, (answers == y) & (y != IGNORE)
+    for i in range(len(x)):
+        print("question ", datasets.decode(x[i], meta))
+        print("answer   ", datasets.decode(answers[i][asked[i]], meta))
+        print("truth    ", datasets.decode(y[i][asked[i]], meta), end="\n\n")
+    print(f"{int(right.sum())} of {int(asked.sum())} answers are right")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main():
+    config = runtime.parse(Config)
+    runs = [Path(f"runs/{config.dataset}-{stage}/ckpt.pt") for stage in ("dmt", "smt", "bptt")]
+    path = Path(config.ckpt or next((run for run in runs if run.exists()), runs[0]))
+    checkpoint = runtime.load(path)
+    _, networks, initial_memory = restore(checkpoint, runtime.choose_device(config.device))
+    meta = checkpoint["data"]
+    if meta["kind"] == "text":
+        tell(networks, initial_memory, meta, config)
+    elif meta["kind"] == "image":
+        folder = path if path.is_dir() else path.parent
+        paint(networks, initial_memory, meta, config, Path(config.out or folder / "samples.png"))
+    elif config.prompt:
+        raise UsageError(f"{meta['name']} asks held-out questions: it takes no --prompt")
+    else:
+        answer(networks, initial_memory, meta, config)
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

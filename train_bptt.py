@@ -1,0 +1,122 @@
+"""Backpropagation through time, the baseline: the same updater and readout, unrolled over the tokens.
+
+    python train_bptt.py                                          # fables, preset tiny
+    python train_bptt.py --dataset=retrieval --truncate=16        # gradients through 16 steps at most
+    python train_bptt.py --dataset=fables --init_from=runs/fables-dmt    # fine-tune a pretrained RNN
+
+Writes runs/<dataset>-bptt. Every step of the RNN waits for the one before, and so does every step of the backward pass.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data as datasets
+import runtime
+from data import IGNORE
+from evaluate import evaluate
+from model import ModelConfig, build, chain_flops, forward_flops, model_fields, normalise, parameter_counts, roll_out
+from runtime import RunConfig, UsageError
+
+
+@dataclass(frozen=True)
+class Config(ModelConfig, RunConfig):
+    seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
+    truncate: int = 0               # tokens after which the gradient through time is cut; 0: never
+    p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
+
+    def __post_init__(self):
+        ModelConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
+        if self.seq_len < 0 or self.truncate < 0 or not 0 <= self.p_start <= 1:
+            raise UsageError("--seq_len and --truncate are at least 0, --p_start from 0 to 1")
+
+
+PRESETS = {
+    "tiny": dict(d_model=64, n_heads=2, memory_tokens=4, updater_layers=2, readout_layers=1, context_len=256,
+                 batch_size=32, max_iters=500, lr=1e-3, eval_interval=100),
+    "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, readout_layers=4, context_len=256,
+                  batch_size=128, max_iters=150_000, lr=3e-4, lr_decay="constant", eval_interval=5000, log_interval=100),
+}
+
+
+def unroll(updater, memory, x, truncate=0):
+    """The memories after each token of x (B, T), from memory (B, K, d) -> (B, T, K, d).
+
+    With truncate > 0 the memory is cut from the graph after every `truncate` tokens.
+    """
+    memories = []
+    for window in x.split(truncate or x.shape[1], dim=1):
+        memories.append(roll_out(updater, memory, window))
+        memory = memories[-1][:, -1].detach()
+    return torch.cat(memories, dim=1)
+
+
+def bptt_loss(networks, x, y, count, truncate=0):
+    """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}; the gradient goes through all steps, or `truncate`.
+
+    x, y (B, T). These rows' share of the mean over the global batch, which has `count` targets.
+    """
+    start = normalise(networks.initial_memory).expand(len(x), -1, -1)
+    memories = unroll(networks["updater"], start, x, truncate)
+    logits = networks["readout"](memories.flatten(0, 1))        # all steps at once: only the updater is sequential
+    loss = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
+    return loss, dict(train_loss=loss)
+
+
+def step_flops(config, networks, vocab_size, T):
+    """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones."""
+    forward = forward_flops(config, vocab_size, T, 1)
+    return (3 * config.batch_size * T * (forward["updater"] + forward["readout"]),
+            3 * (T * chain_flops(networks["updater"]) + chain_flops(networks["readout"])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main():
+    config = runtime.parse(Config, presets=PRESETS)
+    run = runtime.start(config, "bptt")
+    run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
+    data = datasets.load(config.dataset, config.data_dir).to(run.device)
+    T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
+    val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
+
+    networks = build(config, data.vocab_size, ("updater", "readout"))
+    networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
+    networks.to(run.device)
+    optimizer = runtime.adamw(networks, config)
+    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run)
+    first_step = runtime.begin(run, config, data, networks, optimizer)
+    run.print(parameter_counts(networks))
+    flops, sequential_flops = step_flops(config, networks, data.vocab_size, T)
+
+    run.start_clock()
+    for step in range(first_step, config.max_iters + 1):
+        last = step == config.max_iters or run.should_stop(step)
+        if step % config.eval_interval == 0 or last:
+            with run.evaluating():
+                initial_memory = normalise(networks.initial_memory)
+                numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
+            run.log_evaluation(step, numbers)
+            runtime.save(run, "bptt", step, config, data, networks, optimizer, model_config=model_fields(config),
+                         initial_memory=initial_memory)
+        if last:
+            break
+
+        x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start, run.rank, run.world_size)
+        count = run.sum((y != IGNORE).sum())
+        for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
+            with runtime.micro_step(module, last=i == config.grad_accum - 1):
+                with run.autocast():
+                    loss, losses = module(micro_x, micro_y, count)
+                (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
+            run.count(losses)
+        lr = runtime.learning_rate(step, config)
+        grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
+        run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
+        run.log_training(step + 1, grad_norm, lr)
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
