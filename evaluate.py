@@ -1,9 +1,40 @@
-"""What a checkpoint is worth, in numbers."""
+"""What a checkpoint is worth, in numbers.
+
+    python evaluate.py                                  # fables, the most finished run: losses, drift, and is the hero's name kept?
+    python evaluate.py --dataset=tinystories --ngrams=5 # beside n-gram models of the same text
+    python evaluate.py --ckpt=runs/retrieval-smt --eval_docs=1000
+"""
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data as datasets
+import fables
+import runtime
 from data import IGNORE
-from model import roll_out
+from model import restore, roll_out
+from runtime import UsageError
+from sample import complete_stories, find_checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "fables"     # data set whose most finished run in runs/ is taken
+    ckpt: str = ""              # checkpoint (file or folder of a run) to take instead
+    data_dir: str = "data"      # folder of the prepared data sets
+    eval_docs: int = 256        # held-out documents
+    eval_len: int = 512         # tokens read of each of them at most
+    ngrams: int = 0             # also n-gram models of the training text, up to this order (text only)
+    num_samples: int = 100      # fables: stories to generate, to count in how many the hero keeps its name
+    temperature: float = 1.0    # of these stories
+    seed: int = 0               # of these stories
+    device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
+
+    def __post_init__(self):
+        if min(self.eval_docs, self.eval_len, self.num_samples) < 1 or not 0 <= self.ngrams <= 7 or self.temperature < 0:
+            raise UsageError("--eval_docs, --eval_len and --num_samples are at least 1, --ngrams is from 0 to 7, --temperature at least 0")
 
 
 def masked_mean(values, mask):
@@ -34,7 +65,7 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64):
                "val_rnn_accuracy": masked_mean((logits.argmax(-1) == targets).float(), asked)}
     if "statistics" in meta:
         numbers["val_gap_to_floor"] = numbers["val_rnn_loss"] - meta["statistics"]["entropy_per_character"]
-    if "encoder" not in networks:
+    if "encoder" not in networks or not asked.any():
         return numbers
 
     places = asked.any(0).nonzero().flatten()
@@ -49,3 +80,64 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64):
     error = (memories[:, t] - labels).square()
     return numbers | {"val_teacher_loss": masked_mean(loss, asked[:, t]),
                       "val_drift": float((error * real).sum() / (variance * real).sum().clamp(min=1e-12))}
+
+
+NGRAM_TOKENS = 20_000_000   # of the training text that the n-gram models count, at most
+
+
+def ngram_losses(data, x, y, order):
+    """Nats per target of interpolated n-gram models (Witten and Bell 1991) of orders 1..order on rows x, y (N, L).
+
+    p_n(w | c) = (count(c w) + types(c) p_{n-1}(w | c')) / (count(c) + types(c)), with c the last n-1 tokens, c' the last
+    n-2, types(c) the number of different tokens seen after c, and p_0 uniform. A context that was never seen adds nothing.
+    """
+    V, train = data.vocab_size + 1, data.train.tokens[:NGRAM_TOKENS].cpu().numpy().astype(np.int64)
+    x, y = x.cpu().numpy(), y.cpu().numpy()
+    asked = y != IGNORE
+    probability, losses = np.full(y.shape, 1 / data.vocab_size), []
+    context, row_context = np.zeros_like(train), np.zeros_like(x)          # the last n-1 tokens, as one number
+    for n in range(1, order + 1):
+        if n > 1:   # context of w_i is (w_{i-n+1} .. w_{i-1}); before a row's start there is PAD, which the text never has
+            place = V ** (n - 2)
+            context[n - 1:] += train[:len(train) - n + 1] * place
+            row_context += np.pad(x, ((0, 0), (n - 2, 0)), constant_values=data.pad)[:, :x.shape[1]] * place
+        pairs, pair_counts = np.unique(context[n - 1:] * V + train[n - 1:], return_counts=True)
+        contexts, first, types = np.unique(pairs // V, return_index=True, return_counts=True)
+        totals = np.add.reduceat(pair_counts, first)
+
+        at = np.searchsorted(contexts, row_context).clip(max=len(contexts) - 1)
+        seen = contexts[at] == row_context
+        pair = row_context * V + np.where(asked, y, 0)
+        where = np.searchsorted(pairs, pair).clip(max=len(pairs) - 1)
+        count = np.where(pairs[where] == pair, pair_counts[where], 0)
+        probability = np.where(seen, (count + types[at] * probability) / (totals[at] + types[at]), probability)
+        losses.append(float(-np.log(probability[asked]).mean()))
+    return losses
+
+
+def main():
+    config = runtime.parse(Config)
+    device = runtime.choose_device(config.device)
+    path = find_checkpoint(config.ckpt, config.dataset)
+    checkpoint = runtime.load(path, device)
+    _, networks, initial_memory = restore(checkpoint, device)
+    meta = checkpoint["data"]
+    data = datasets.load(meta["name"], config.data_dir)
+    runtime.check_data(checkpoint, data)
+    x, y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
+
+    print(f"{path}: {meta['name']}, {checkpoint['stage']} after {checkpoint['step']:,} steps, {int((y != IGNORE).sum()):,} held-out targets")
+    for name, value in evaluate(networks, initial_memory, x.to(device), y.to(device), meta).items():
+        print(f"{name:24}{value:8.4f}")
+    if config.ngrams and meta["kind"] != "text":
+        raise UsageError(f"--ngrams is for text, {meta['name']} is not")
+    for n, loss in enumerate(ngram_losses(data, x, y, config.ngrams), 1):
+        print(f"{f'{n}-gram loss':24}{loss:8.4f}")
+    if meta["name"] == "fables":
+        stories = complete_stories(networks, initial_memory, config.num_samples, config.temperature, config.seed)
+        kept = sum(map(fables.hero_kept, stories))
+        print(f"the hero's name is kept in {kept} of {len(stories)} generated stories")
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

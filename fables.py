@@ -47,30 +47,24 @@ def pronoun(girl, boy):
 
 
 GRAMMAR = {
-    "story": {"{opening} {trouble} {rescue} {thanks} {ending}": 1},
+    "story": {"{opening} {trouble} {rescue} {ending}": 1},
 
-    "opening": {"A {trait} {animal} named {hero} lived {home}.": 5,
-                "There was a {trait} {animal} named {hero} {home}.": 3,
-                "Far away {home} lived a {trait} {animal} named {hero}.": 2,
-                "Once a {trait} {animal} named {hero} had a {den} {home}.": 2},
-    "trait": {"shy": 5, "kind": 4, "small": 4, "brave": 3, "merry": 2, "wise": 2},
+    "opening": {"A {animal} named {hero} lived {home}.": 5,
+                "There was a {animal} named {hero} {home}.": 3,
+                "Far away {home} lived a {animal} named {hero}.": 2,
+                "Once a {animal} named {hero} had a {den} {home}.": 2},
     "animal": ANIMALS,
     "hero": GIRLS | BOYS,
     "home": {"by the lake": 6, "in the woods": 5, "on the hill": 5, "near the sea": 4, "at the farm": 4,
              "in the mill": 3, "by the bridge": 3, "in the barn": 2},
     "den": follows("animal", fox="den", mouse="nest", bear="cave", hare="hole", frog="pool", duck="nest",
                    cat="bed", goat="shed"),
-    "he": pronoun("she", "he"),
-    "He": pronoun("She", "He"),
     "his": pronoun("her", "his"),
-    "His": pronoun("Her", "His"),
-    "him": pronoun("her", "him"),
 
-    "trouble": {"One {weather} day {his} {colour} {thing} fell {spot}.": 5,
-                "{He} lost {his} {colour} {thing} {spot} one {weather} day.": 4,
-                "{His} {colour} {thing} fell {spot} on a {weather} night.": 3,
-                "{He} had a {colour} {thing}. One {weather} day it fell {spot}.": 3},
-    "weather": {"windy": 5, "cold": 5, "wet": 4, "foggy": 3, "dark": 2},
+    "trouble": {"One day {hero} lost {his} {colour} {thing} {spot}.": 5,
+                "{hero} had a {colour} {thing}. One day it fell {spot}.": 4,
+                "One night the {colour} {thing} of {hero} fell {spot}.": 3,
+                "But then {hero} dropped {his} {colour} {thing} {spot}.": 2},
     "colour": {"red": 6, "blue": 5, "green": 4, "white": 3, "gold": 2, "pink": 2},
     "thing": {"kite": 6, "ball": 6, "drum": 5, "boat": 5, "bell": 4, "hat": 4, "lamp": 4, "book": 3, "flute": 3,
               "scarf": 3, "sled": 2, "ring": 2},
@@ -79,10 +73,10 @@ GRAMMAR = {
     "spot": {"in the river": 5, "down a well": 4, "into a hole": 4, "over a wall": 3, "under a rock": 3,
              "in the mud": 2},
 
-    "rescue": {"Soon {friend} the {pal} {fetch}.": 5,
-               "A {pal} called {friend} {fetch}.": 4,
-               "But {friend} the {pal} {fetch}.": 3,
-               "Next day {friend} the {pal} {fetch}.": 2},
+    "rescue": {"{hero} cried, and {friend} the {pal} {fetch}.": 5,
+               "Soon {friend} the {pal} {fetch} for {hero}.": 4,
+               "A {pal} called {friend} heard {hero} and {fetch}.": 3,
+               "Next day {friend} the {pal} saw {hero} and {fetch}.": 2},
     "friend": {"Otto": 8, "Pip": 7, "Bea": 6, "Rosa": 6, "Gus": 5, "Dora": 5, "Ned": 4, "Kira": 4, "Walt": 3,
                "Una": 3, "Vera": 2, "Cora": 2},
     "pal": Given("animal", {mine: {other: weight for other, weight in ANIMALS.items() if other != mine}
@@ -90,26 +84,16 @@ GRAMMAR = {
     "fetch": Given("spot", {"in the river": {"swam after it": 3, "caught it": 2, "dived in": 1},
                             "down a well": {"pulled it up": 3, "hooked it": 2},
                             "into a hole": {"dug it out": 4, "crawled in": 2},
-                            "over a wall": {"threw it back": 3, "went after it": 2, "saw it there": 1},
+                            "over a wall": {"threw it back": 3, "went after it": 2},
                             "under a rock": {"dragged it out": 3, "moved the rock": 2},
                             "in the mud": {"fished it out": 3, "wiped it clean": 1}}),
 
-    "thanks": {"{hero} gave {friend} {gift}.": 5,
-               "{hero} thanked {friend} with {gift}.": 4,
-               "So {hero} got {friend} {gift}.": 3,
-               '"Oh, {friend}!" said {hero}, and gave {gift}.': 2},
-    "gift": Given("pal", {"fox": {"a plum": 3, "an egg": 2}, "mouse": {"a nut": 3, "a crumb": 2},
-                          "bear": {"a pear": 4, "honey": 2}, "hare": {"a carrot": 3, "clover": 2},
-                          "frog": {"a fly": 3, "a worm": 2}, "duck": {"a bun": 3, "a snail": 1},
-                          "cat": {"a fish": 3, "milk": 2}, "goat": {"hay": 2, "an apple": 2}}),
-
     "ending": {"Now {hero} and {friend} {use} the {thing} {home}.": 4,
-               "On {weather} days {hero} and {friend} {use} the {thing} {home}.": 3,
                "Back {home} {hero} let {friend} {use} the {colour} {thing}.": 3,
-               "So {trait} {hero} and the {pal} {use} the {thing} {home}.": 2,
+               "Since then {hero} and the {pal} {use} the {thing} {home}.": 2,
                "In the {den} {home} the {animal} {hero} kept the {thing}.": 2},
 }
-FACTS = ("hero", "trait", "animal", "home", "weather", "colour", "thing", "friend", "pal")  # what can come back later
+FACTS = ("hero", "animal", "home", "colour", "thing", "friend", "pal")  # what can come back later
 
 
 def options(grammar, name, known):

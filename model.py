@@ -86,12 +86,13 @@ class Block(nn.Module):
         for linear in (self.out, self.down):
             linear.weight.data.mul_(gain)
 
-    def forward(self, h, turns, attend):
+    def forward(self, h, turns, attend, kept=slice(None)):
+        """(B, n, d) -> (B, kept, d): all tokens are attended to, those in `kept` are updated."""
         B, n, d = h.shape
         qkv = self.qkv(self.attention_norm(h)).view(B, n, 3, self.n_heads, -1)
         q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                  # (B, h, n, d / h) each
-        mixed = attend(q, k, qkv[:, :, 2].transpose(1, 2))
-        h = h + self.out(mixed.transpose(1, 2).reshape(B, n, d))
+        h, mixed = h[:, kept], attend(q[:, :, kept], k, qkv[:, :, 2].transpose(1, 2))
+        h = h + self.out(mixed.transpose(1, 2).reshape(h.shape))
         return h + self.down(F.gelu(self.up(self.mlp_norm(h))))
 
 
@@ -104,19 +105,20 @@ def attend_to_past(q, k, v):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. (B, n, d) -> (B, n, d); positions (n,) default to 0..n-1."""
+    """A stack of blocks. (B, n, d) -> (B, kept, d), n <= length: the outputs of the tokens that are asked for."""
 
-    def __init__(self, config, n_layers, gain=1.0):
+    def __init__(self, config, n_layers, length, gain=1.0):
         super().__init__()
         self.head_dim = config.d_model // config.n_heads
+        self.register_buffer("turns", rope(torch.arange(length), self.head_dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, gain) for _ in range(n_layers))
 
-    def forward(self, h, attend, positions=None):
-        positions = torch.arange(h.shape[1], device=h.device) if positions is None else positions
-        turns = rope(positions, self.head_dim)
-        for block in self.blocks:
+    def forward(self, h, attend, kept=slice(None), positions=None):
+        """positions (n,) of the tokens default to 0..n-1. What only the other outputs need is not computed."""
+        turns = self.turns[:h.shape[1]] if positions is None else rope(positions, self.head_dim)
+        for block in self.blocks[:-1]:
             h = block(h, turns, attend)
-        return h
+        return self.blocks[-1](h, turns, attend, kept)
 
 
 def normalise(memory):
@@ -142,7 +144,7 @@ class Encoder(nn.Module):
         self.kind, self.pad, self.context_len = config.encoder, vocab_size, config.context_len
         self.embed = nn.Embedding(vocab_size + 1, config.d_model)
         self.registers = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
-        self.transformer = Transformer(config, config.encoder_layers)
+        self.transformer = Transformer(config, config.encoder_layers, config.context_len + config.memory_tokens)
 
     def forward(self, x, t):
         return normalise(self.window(x, t) if self.kind == "window" else self.causal(x, t))
@@ -152,7 +154,7 @@ class Encoder(nn.Module):
         padded = F.pad(x, (self.context_len, 0), value=self.pad)
         contexts = padded.unfold(1, self.context_len, 1)[:, t + 1].flatten(0, 1)      # (B S, Tc), the last one is x_t
         h = torch.cat([self.embed(contexts), self.registers.expand(B * S, K, d)], dim=1)
-        return self.transformer(h, attend_to_all)[:, -K:].view(B, S, K, d)
+        return self.transformer(h, attend_to_all, slice(-K, None)).view(B, S, K, d)
 
     def causal(self, x, t):
         (B, T), S, (K, d) = x.shape, len(t), self.registers.shape
@@ -166,12 +168,14 @@ class Encoder(nn.Module):
         mask = torch.cat([sees_trunk, group[:, None] == group], dim=1)                # (S K, T+1 + S K)
 
         def attend(q, k, v):
-            n = T + 1
-            past = attend_to_past(q[:, :, :n], k[:, :, :n], v[:, :, :n])
-            return torch.cat([past, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)], dim=2)
+            q_trunk, q_registers = q.split([q.shape[2] - S * K, S * K], dim=2)
+            mixed = F.scaled_dot_product_attention(q_registers, k, v, attn_mask=mask)
+            if q_trunk.shape[2] == 0:       # in the last layer nobody needs the trunk's output
+                return mixed
+            return torch.cat([attend_to_past(q_trunk, k[:, :, :T + 1], v[:, :, :T + 1]), mixed], dim=2)
 
         positions = torch.cat([at, last + 1 + torch.arange(K, device=x.device).repeat(S)])
-        return self.transformer(h, attend, positions)[:, T + 1:].view(B, S, K, d)
+        return self.transformer(h, attend, slice(T + 1, None), positions).view(B, S, K, d)
 
     def initial_memory(self):
         """m_empty (K, d): the memory before anything was read."""
@@ -188,7 +192,7 @@ class Decoder(nn.Module):
     def __init__(self, config, vocab_size):
         super().__init__()
         self.embed = nn.Embedding(vocab_size + 1, config.d_model)
-        self.transformer = Transformer(config, config.decoder_layers)
+        self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens + config.future_len - 1)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, memory, x):
@@ -209,7 +213,7 @@ class Updater(nn.Module):
         d, size = config.d_model, config.d_model * config.memory_tokens
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
-            self.transformer = Transformer(config, config.updater_layers, gain=0.0)   # begins as the identity
+            self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)   # begins as the identity
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 2 * size), nn.GELU(),
                                                       nn.Linear(2 * size, size)) for _ in range(config.updater_layers))
@@ -221,7 +225,7 @@ class Updater(nn.Module):
     def forward(self, memory, x):
         token = self.embed(x)
         if self.kind == "transformer":
-            h = self.transformer(torch.cat([memory, token[:, None]], dim=1), attend_to_all)[:, :-1]
+            h = self.transformer(torch.cat([memory, token[:, None]], dim=1), attend_to_all, slice(memory.shape[1]))
         else:
             h = memory.flatten(1)
             if self.kind == "gru":
@@ -238,11 +242,11 @@ class Readout(nn.Module):
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.transformer = Transformer(config, config.readout_layers)
+        self.transformer = Transformer(config, config.readout_layers, config.memory_tokens)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, memory):
-        return self.head(self.norm(self.transformer(memory, attend_to_all)[:, -1]))
+        return self.head(self.norm(self.transformer(memory, attend_to_all, slice(-1, None))[:, -1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -254,8 +254,9 @@ class Run:
         steps = step - since["step"]
         means = self.sum(torch.stack(list(self.sums.values()))) / steps
         losses = {name: float(mean) for name, mean in zip(self.sums, means.tolist())}
-        if not math.isfinite(losses["train_loss"]):
-            raise DataError(f"the loss became {losses['train_loss']} before step {step}; the last checkpoint stays as it was")
+        for name, value in {"loss": losses["train_loss"], "gradient's norm": float(grad_norm)}.items():
+            if not math.isfinite(value):
+                raise DataError(f"the {name} became {value} before step {step}; the last checkpoint stays as it was")
         seconds = self.spent["seconds"] - since["seconds"]
         speed = round((self.spent["tokens"] - since["tokens"]) / seconds)
         self.log(step, **losses, grad_norm=float(grad_norm), lr=lr, tokens_per_second=speed)
@@ -265,7 +266,9 @@ class Run:
         self.sums, self.since = {}, {"step": step, **self.spent}
 
     def log_evaluation(self, step, numbers):
-        """Log and print the numbers of an evaluation."""
+        """Log and print the numbers of an evaluation. DataError if the loss is not finite."""
+        if not math.isfinite(numbers["val_rnn_loss"]):
+            raise DataError(f"the held-out loss is {numbers['val_rnn_loss']} at step {step}; the last checkpoint stays as it was")
         self.log(step, **numbers)
         shown = "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in numbers.items())
         self.print(f"step {step:6d}  held out:  {shown}  ({self.spent['seconds']:.0f} s of training)")
@@ -342,21 +345,50 @@ def begin(run, config, data, networks, optimizer):
     if config.resume:
         checkpoint = load(run.checkpoint_path, run.device)
         check_data(checkpoint, data)
+        check_architecture(checkpoint, config, checkpoint["model_config"], run.checkpoint_path)
         load_weights(networks, checkpoint["model"], run.checkpoint_path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError):
+            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}: its optimiser does not fit") from None
         step, run.spent = checkpoint["step"], checkpoint["spent"]
         run.since = {"step": step, **run.spent}
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step] if log.exists() else []
+        lines = lines_before(log, step)
     elif config.init_from:
         checkpoint = load(config.init_from, run.device)
         check_data(checkpoint, data)
+        check_architecture(checkpoint, config, ["n_heads"], config.init_from)     # what no shape shows
         load_weights(networks, {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, config.init_from)
     if run.is_main:
-        run.out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run.out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the folder {run.out_dir}: {error.strerror}") from None
         text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
         write_atomically(run.out_dir / "config.json", lambda path: path.write_text(text))
         write_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
     return step
+
+
+def lines_before(log, step):
+    """The lines of a log that a run resumed at `step` does not write again; one that a crash has cut off is left out."""
+    lines = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            numbers = json.loads(line)
+        except ValueError:
+            continue
+        if numbers["step"] < step or numbers["step"] == step and "train_loss" in numbers:   # it evaluates at `step` anew
+            lines.append(line)
+    return lines
+
+
+def check_architecture(checkpoint, config, names, path):
+    """DataError if a field of the checkpoint's ModelConfig, one of `names`, has another value in the stage's config."""
+    for name in names:
+        value = checkpoint["model_config"][name]
+        if getattr(config, name, value) != value:
+            raise DataError(f"{path} has another architecture: --{name}={value}, not {getattr(config, name)}")
 
 
 def check_data(checkpoint, data):
@@ -369,11 +401,12 @@ def check_data(checkpoint, data):
 def load_weights(networks, weights, path):
     """Load the weights of those networks that a checkpoint has too. DataError where they do not fit."""
     own = networks.state_dict()
-    wrong = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    shared = {name: tensor for name, tensor in weights.items() if name in own}
-    if wrong or not shared:
+    both = {name.split(".")[0] for name in own} & {name.split(".")[0] for name in weights}
+    shapes, given = ({name: tensor.shape for name, tensor in some.items() if name.split(".")[0] in both} for some in (own, weights))
+    wrong = [name for name in shapes | given if shapes.get(name) != given.get(name)]
+    if wrong or not both:
         raise DataError(f"{path} has another architecture: {wrong[0] if wrong else 'no network'} does not fit")
-    networks.load_state_dict(shared, strict=False)
+    networks.load_state_dict({name: weights[name] for name in shapes}, strict=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,8 +481,8 @@ def write_atomically(path, write):
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:    # torch.save raises the latter for a full disk
+        raise DataError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

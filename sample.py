@@ -108,6 +108,19 @@ def tell(networks, initial_memory, meta, config):
         write(b"\n\n" if i + 1 < (config.num_samples or 1) else b"\n")
 
 
+def complete_stories(networks, initial_memory, count, temperature, seed, longest=1000):
+    """Stories from the data sets whose separator is 0, `count` at once, without their separators: a list of str."""
+    start = torch.zeros(count, 1, dtype=torch.long, device=initial_memory.device)
+    memory = read(networks, initial_memory.expand(count, -1, -1), start)
+    rows, ended = [], torch.zeros(count, dtype=torch.bool)
+    for token in generate(networks, memory, temperature, 0, seeded(seed, count)):
+        rows.append(token.cpu())
+        ended |= rows[-1] == 0
+        if ended.all() or len(rows) == longest:
+            break
+    return [bytes(row.tolist()).split(b"\0")[0].decode("ascii", "replace") for row in torch.stack(rows, dim=1)]
+
+
 def write(text):
     """Bytes to the terminal at once: a character may be several tokens long."""
     sys.stdout.buffer.write(text)
@@ -120,7 +133,9 @@ def paint(networks, initial_memory, meta, config, path):
     device, length = initial_memory.device, meta["longest_document"]
     kept = max(1, round(config.keep * length)) if config.prompt else 1
     if config.prompt == "held-out":
-        whole, _ = datasets.held_out(datasets.load(meta["name"], config.data_dir), n, length, config.seed)
+        data = datasets.load(meta["name"], config.data_dir)
+        runtime.check_data({"data": meta}, data)
+        whole, _ = datasets.held_out(data, n, length, config.seed)
     elif config.prompt:
         whole = torch.from_numpy(datasets.read_picture(config.prompt, meta)).long().expand(n, -1)
     else:
@@ -153,6 +168,7 @@ def save_grid(pictures, columns, path):
 def answer(networks, initial_memory, meta, config):
     """Ask held-out questions: a line for the document, one for the RNN's answers where something is asked, one for the truth."""
     data = datasets.load(meta["name"], config.data_dir)
+    runtime.check_data({"data": meta}, data)
     x, y = datasets.held_out(data, config.num_samples or 10, meta["longest_document"], config.seed)
     memory, answers = initial_memory.expand(len(x), -1, -1), []
     generators = seeded(config.seed, len(x))
@@ -170,10 +186,15 @@ def answer(networks, initial_memory, meta, config):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+def find_checkpoint(ckpt, dataset):
+    """The given checkpoint, or the one of the data set's most finished run."""
+    runs = [Path(f"runs/{dataset}-{stage}") for stage in ("dmt", "smt", "bptt")]
+    return Path(ckpt or next((run for run in runs if (run / "ckpt.pt").exists()), runs[0]))
+
+
 def main():
     config = runtime.parse(Config)
-    runs = [Path(f"runs/{config.dataset}-{stage}/ckpt.pt") for stage in ("dmt", "smt", "bptt")]
-    path = Path(config.ckpt or next((run for run in runs if run.exists()), runs[0]))
+    path = find_checkpoint(config.ckpt, config.dataset)
     checkpoint = runtime.load(path)
     _, networks, initial_memory = restore(checkpoint, runtime.choose_device(config.device))
     meta = checkpoint["data"]

@@ -28,6 +28,7 @@ UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
 class Config(ModelConfig, RunConfig):
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, at most context_len for text
     positions: int = 1              # positions S of each row at which a pair of memories is trained
+    run_length: int = 1             # the positions come in runs of this many consecutive ones, which share memories: r pairs need r + 1
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
     lambda_dyn: float = 0.1         # weight of the dynamics loss
@@ -40,6 +41,8 @@ class Config(ModelConfig, RunConfig):
         RunConfig.__post_init__(self)
         if self.positions < 1 or self.seq_len < 0 or not 0 <= self.p_start <= 1:
             raise UsageError("--positions is at least 1, --seq_len at least 0, --p_start from 0 to 1")
+        if self.run_length < 1 or self.positions % self.run_length:
+            raise UsageError(f"--positions={self.positions} must be a multiple of --run_length={self.run_length}")
 
 
 PRESETS = {
@@ -62,6 +65,12 @@ def futures(x, y, t, future_len, pad):
     return future_x, future_y
 
 
+def expand_runs(centres, run_length, T):
+    """Runs of consecutive positions around the given ones (R,), within 0..T-1 -> (R run_length,)."""
+    first = (centres - run_length // 2).clamp(0, T - run_length)
+    return (first[:, None] + torch.arange(run_length)).flatten()
+
+
 def count_terms(x, y, t, future_len, pad):
     """How many targets are decoded, transitions trained and targets read out: the denominators of the means, (3,)."""
     _, future_y = futures(x, y, t, future_len, pad)
@@ -75,6 +84,8 @@ def cross_entropy(logits, y):
 
 def uniformity(memory):
     """log mean_{a != b} exp(-2 |u_a - u_b|^2) over the L2-normalised memory tokens of (n, d); 0 if all are the same."""
+    if len(memory) == 1:
+        return memory.new_zeros(())
     u = F.normalize(memory, dim=-1)
     distance = 2 - 2 * u @ u.T
     others = ~torch.eye(len(u), dtype=torch.bool, device=u.device)
@@ -95,7 +106,10 @@ def smt_loss(networks, x, y, t, counts, config):
     encoder, pad = networks["encoder"], networks["encoder"].pad
     decoded, transitions, readouts = counts.clamp(min=1)
 
-    before, after = encoder(x, torch.cat([t - 1, t])).chunk(2, dim=1)              # m_{t-1}, m_t: (B, S, K, d)
+    runs = t.view(-1, config.run_length)
+    memories = encoder(x, torch.cat([runs[:, :1] - 1, runs], dim=1).flatten())     # all in one call
+    memories = memories.unflatten(1, (len(runs), -1))                              # (B, runs, run_length + 1, K, d)
+    before, after = memories[:, :, :-1].flatten(1, 2), memories[:, :, 1:].flatten(1, 2)    # m_{t-1}, m_t: (B, S, K, d)
 
     future_x, future_y = futures(x, y, t, config.future_len, pad)
     logits = networks["decoder"](after.flatten(0, 1), future_x.flatten(0, 1))      # (B S, Tf, V)
@@ -108,7 +122,7 @@ def smt_loss(networks, x, y, t, counts, config):
 
     some = after[:, ::-(-after[:, :, :, 0].numel() // len(x) * UNIFORMITY_ROWS // UNIFORMITY_TOKENS)]
     groups = some.split(min(UNIFORMITY_ROWS, config.batch_size))
-    loss_unif = sum(uniformity(group.flatten(0, 2)) for group in groups) / (config.batch_size / len(groups[0]))
+    loss_unif = sum(uniformity(group.flatten(0, 2)) * len(group) for group in groups) / config.batch_size
 
     loss_read = cross_entropy(networks["readout"](after.detach().flatten(0, 1)), y[:, t].flatten()) / readouts
 
@@ -119,8 +133,8 @@ def smt_loss(networks, x, y, t, counts, config):
 
 def step_flops(config, networks, vocab_size, T):
     """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    S = min(config.positions, T)
-    forward = forward_flops(config, vocab_size, T, 2 * S)
+    S = config.positions
+    forward = forward_flops(config, vocab_size, T, S + S // config.run_length)
     chain = {name: chain_flops(network) for name, network in networks.items()}
     return (3 * config.batch_size * (forward["encoder"] + S * (forward["decoder"] + forward["updater"] + forward["readout"])),
             3 * (chain["encoder"] + max(chain["decoder"], chain["updater"], chain["readout"])))
@@ -134,6 +148,8 @@ def main():
     run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
+    if config.run_length > T:
+        raise UsageError(f"--run_length={config.run_length} is longer than a row, {T} tokens")
     val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
 
     networks = build(config, data.vocab_size).to(run.device)
@@ -156,9 +172,9 @@ def main():
         if last:
             break
 
-        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, min(config.positions, T), config.p_start,
-                                        run.rank, run.world_size)
-        t = t.to(run.device)
+        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions // config.run_length,
+                                        config.p_start, run.rank, run.world_size)
+        t = expand_runs(t, config.run_length, T).to(run.device)
         counts = run.sum(count_terms(x, y, t, config.future_len, data.pad))
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             with runtime.micro_step(module, last=i == config.grad_accum - 1):

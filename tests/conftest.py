@@ -3,3 +3,96 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import contextlib  # noqa: E402
+import gzip  # noqa: E402
+import io  # noqa: E402
+import signal  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import runtime  # noqa: E402
+
+SIZES = ["--encoder=window", "--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--encoder_layers=1",
+         "--decoder_layers=1", "--updater_layers=1", "--readout_layers=1", "--context_len=8", "--future_len=3"]
+QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4", "--log_interval=1", "--eval_interval=100",
+         "--eval_docs=4", "--eval_len=16", "--lr_decay=constant", "--lr=0.01"]
+
+
+def call(script, *arguments):
+    """What `python <script>.py <arguments>` does, in this process: status, out, err."""
+    out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    status, argv = 0, sys.argv
+    sys.argv = [script.__file__, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runtime.run_main(script.main)
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    text = []
+    for stream in (out, err):
+        stream.flush()
+        text.append(stream.buffer.getvalue().decode())
+    return SimpleNamespace(status=status, out=text[0], err=text[1])
+
+
+def trained(script, *arguments):
+    """call(), which must succeed."""
+    result = call(script, *arguments)
+    assert result.status == 0 and not result.err, result.err
+    return result
+
+
+def randomise(module, seed=0, std=0.3):
+    """Large random weights, in float64: what is the identity or nearly 0 at the start would hide a leak."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(parameter + noise if parameter.dim() == 1 else noise)
+    return module.double()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Three tiny data sets, one of each kind: fables, retrieval and mnist."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 12), ("t10k", 5)):
+        images = rng.integers(256, size=(n, 28, 28), dtype=np.uint8)
+        content = np.array([0x803, *images.shape], ">u4").tobytes() + images.tobytes()
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    with contextlib.redirect_stdout(io.StringIO()):
+        data.prepare("mnist", folder, folder)
+        data.prepare("fables", folder, train_tokens=6000, val_tokens=2000)
+        data.prepare("retrieval", folder, train_tokens=4000, val_tokens=400, length="8", symbols=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smt_run(data_dir, tmp_path_factory):
+    """smt_run(dataset): the folder of a short SMT run on it, made once."""
+    import train_smt
+    runs = {}
+
+    def folder(dataset):
+        if dataset not in runs:
+            runs[dataset] = tmp_path_factory.mktemp(f"{dataset}-smt")
+            trained(train_smt, *QUICK, *SIZES, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={runs[dataset]}",
+                    "--seq_len=8", "--positions=2")
+        return runs[dataset]
+    return folder

@@ -1,0 +1,123 @@
+"""The held-out numbers against a reference written one document and one position at a time."""
+import pytest
+import torch
+from conftest import randomise
+
+from data import IGNORE
+from evaluate import evaluate
+from model import ModelConfig, build
+
+V, PAD = 5, 5
+
+
+def networks_for(encoder="window", names=("encoder", "decoder", "updater", "readout")):
+    return randomise(build(ModelConfig(encoder=encoder, d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, updater_layers=1,
+                                       context_len=4, future_len=3), V, names))
+
+
+def documents(ends=(9, 4, 6, 9, 7)):
+    """Documents of different lengths, with targets at some places; nobody asks anything at place 2."""
+    x, y = torch.randint(V, (len(ends), 9)), torch.randint(V, (len(ends), 9))
+    y[torch.rand(y.shape) < 0.3] = IGNORE
+    y[:, 2] = IGNORE
+    for row, end in enumerate(ends):
+        x[row, end:], y[row, end:] = PAD, IGNORE
+    return x, y
+
+
+def reference(networks, empty, x, y):
+    losses, right, teacher, memories = [], [], [], {}
+    for row in range(len(x)):
+        memory = empty[None]
+        for t in range(x.shape[1]):
+            memory = networks["updater"](memory, x[row, t:t + 1])
+            memories[row, t] = memory[0]
+            if y[row, t] != IGNORE:
+                logits = networks["readout"](memory)[0].float()
+                losses.append(-logits.log_softmax(0)[y[row, t]].item())
+                right.append(float(logits.argmax() == y[row, t]))
+    error = variance = 0
+    for t in [t for t in range(x.shape[1]) if (y[:, t] != IGNORE).any()]:
+        rows = [row for row in range(len(x)) if x[row, t] != PAD]
+        labels = {row: networks["encoder"](x[row:row + 1], torch.tensor([t]))[0, 0] for row in rows}
+        mean = sum(labels.values()) / len(rows)
+        for row, label in labels.items():
+            error += (memories[row, t] - label).square().sum().item()
+            variance += (label - mean).square().sum().item()
+            if y[row, t] != IGNORE:
+                logits = networks["decoder"](label[None], x.new_empty(1, 0))[0, 0].float()
+                teacher.append(-logits.log_softmax(0)[y[row, t]].item())
+    return {"val_rnn_loss": sum(losses) / len(losses), "val_rnn_accuracy": sum(right) / len(right),
+            "val_teacher_loss": sum(teacher) / len(teacher), "val_drift": error / variance}
+
+
+@pytest.mark.parametrize("encoder", ["window", "causal"])
+@pytest.mark.parametrize("rows", [2, 16])
+def test_numbers_equal_a_reference_on_documents_of_different_lengths(encoder, rows):
+    networks, (x, y) = networks_for(encoder), documents()
+    empty = networks["encoder"].initial_memory().detach()
+    numbers = evaluate(networks, empty, x, y, {}, rows=rows)
+    expected = reference(networks, empty, x, y)
+    assert numbers.keys() == expected.keys() and 0 < numbers["val_rnn_accuracy"] < 1
+    for name, value in expected.items():
+        assert numbers[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_drift_is_0_for_the_encoders_own_memories_and_1_for_their_mean():
+    networks, (x, y) = networks_for(), documents((9, 9, 9, 9))
+    labels = networks["encoder"](x, torch.arange(9)).detach()
+    for memories, drift in ((labels, 0), (labels.mean(0, keepdim=True).expand_as(labels), 1)):
+        step = iter(range(9))
+
+        class Told(torch.nn.Module):
+            def forward(self, memory, token):
+                return memories[:, next(step)]
+
+        networks["updater"] = Told()
+        assert evaluate(networks, labels[0, 0], x, y, {})["val_drift"] == pytest.approx(drift, abs=1e-9)
+
+
+def test_positions_are_spread_over_those_with_targets():
+    networks, (x, y) = networks_for(), documents((9, 9))
+    asked = (y != IGNORE).any(0).nonzero().flatten().tolist()
+    seen = []
+    networks["encoder"].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1].tolist()))
+    empty = networks["encoder"].initial_memory().detach()
+    for most in (64, 3, 1):
+        seen.clear()
+        evaluate(networks, empty, x, y, {}, most_positions=most)
+        t = seen[0]
+        assert len(t) == len(set(t)) == min(most, len(asked)) and set(t) <= set(asked) and t[0] == asked[0]
+        assert most == 1 or t[-1] == asked[-1]
+    x, y = torch.randint(V, (2, 500)), torch.randint(V, (2, 500))
+    seen.clear()
+    evaluate(networks, empty, x, y, {})
+    assert len(set(seen[0])) == 64 and seen[0] == sorted(seen[0]) and (seen[0][0], seen[0][-1]) == (0, 499)
+
+
+def test_a_network_without_encoder_is_judged_by_its_own_losses_only():
+    networks, (x, y) = networks_for(names=("updater", "readout")), documents()
+    empty = torch.randn(2, 8, dtype=torch.float64)
+    assert evaluate(networks, empty, x, y, {}).keys() == {"val_rnn_loss", "val_rnn_accuracy"}
+    numbers = evaluate(networks, empty, x, y, {"statistics": {"entropy_per_character": 0.25}})
+    assert numbers["val_gap_to_floor"] == numbers["val_rnn_loss"] - 0.25
+
+
+def test_evaluating_touches_no_random_state_no_parameter_and_no_gradient():
+    networks, (x, y) = networks_for(), documents()
+    empty = networks["encoder"].initial_memory().detach()
+    before = {name: value.clone() for name, value in networks.state_dict().items()}
+    state = torch.get_rng_state()
+    first = evaluate(networks, empty, x, y, {})
+    assert torch.equal(state, torch.get_rng_state()) and evaluate(networks, empty, x, y, {}) == first
+    assert all(torch.equal(value, before[name]) for name, value in networks.state_dict().items())
+    assert all(p.grad is None for p in networks.parameters()) and torch.is_grad_enabled()
+
+
+def test_numbers_are_finite_where_nothing_is_asked_or_all_memories_are_the_same():
+    networks, (x, y) = networks_for(), documents()
+    empty = networks["encoder"].initial_memory().detach()
+    numbers = evaluate(networks, empty, x, torch.full_like(y, IGNORE), {})
+    assert numbers == {"val_rnn_loss": 0.0, "val_rnn_accuracy": 0.0}
+    numbers = evaluate(networks, empty, x[:1], y[:1], {})                         # one document: no variance
+    assert all(value == value for value in numbers.values())

@@ -1,0 +1,338 @@
+"""The networks against plain loops in float64, and what each of them must not see."""
+import math
+
+import pytest
+import torch
+from conftest import randomise
+
+import sample
+from model import Decoder, Encoder, ModelConfig, Readout, Updater, build, parameter_counts, restore, roll_out
+from runtime import DataError, UsageError
+
+V, T = 5, 7
+SMALL = dict(d_model=8, n_heads=2, memory_tokens=3, context_len=4, future_len=4, decoder_layers=2, readout_layers=2)
+KINDS = pytest.mark.parametrize("kind", ["window", "causal"])
+UPDATERS = pytest.mark.parametrize("kind", ["transformer", "mlp", "gru"])
+
+
+def config(**changes):
+    return ModelConfig(**SMALL | changes)
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def memories(*shape):
+    return torch.randn(*shape, 3, 8, dtype=torch.float64)
+
+
+def changed(before, after):
+    """Per leading index: by how much two tensors (n, ...) differ at most."""
+    return (before - after).flatten(1).abs().amax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A reference, one query, one head and one pair of numbers at a time
+
+def rms_norm(h, gain=1.0):
+    return h / (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).sqrt() * gain
+
+
+def turned(q, position):
+    """RoPE on one head's vector (d,)."""
+    out = []
+    for i in range(0, len(q), 2):
+        angle = position / 10000 ** (i / len(q))
+        out += [q[i] * math.cos(angle) - q[i + 1] * math.sin(angle), q[i] * math.sin(angle) + q[i + 1] * math.cos(angle)]
+    return torch.stack(out)
+
+
+def reference_transformer(transformer, h, positions, sees):
+    """h (n, d); sees[i] lists the places that place i attends to."""
+    for block in transformer.blocks:
+        q, k, v = (block.qkv.weight @ rms_norm(h, block.attention_norm.weight).T).T.chunk(3, dim=1)
+        size, mixed = transformer.head_dim, []
+        for i in range(len(h)):
+            row = []
+            for start in range(0, h.shape[1], size):
+                part = slice(start, start + size)
+                query = turned(q[i, part], positions[i])
+                scores = torch.stack([query @ turned(k[j, part], positions[j]) for j in sees[i]]) / math.sqrt(size)
+                row.append(sum(w * v[j, part] for w, j in zip(scores.exp() / scores.exp().sum(), sees[i])))
+            mixed.append(torch.cat(row))
+        h = h + torch.stack(mixed) @ block.out.weight.T
+        up = rms_norm(h, block.mlp_norm.weight) @ block.up.weight.T
+        h = h + up * 0.5 * (1 + torch.erf(up / math.sqrt(2))) @ block.down.weight.T
+    return h
+
+
+def reference_memory(encoder, x, t):
+    """The memory (K, d) after reading x (T,) up to t, as the docstring of Encoder words it."""
+    K, Tc = len(encoder.registers), encoder.context_len
+    if encoder.kind == "window":
+        past = ([encoder.pad] * Tc + x.tolist()[:t + 1])[-Tc:]
+        places, positions = list(range(Tc + K)), list(range(Tc + K))
+        sees = [places] * len(places)
+    else:
+        past = [encoder.pad] + x.tolist()                              # x_t sits at place t + 1
+        trunk = list(range(len(past)))
+        registers = list(range(len(past), len(past) + K))
+        positions = trunk + [t + 2 + k for k in range(K)]
+        sees = [list(range(i + 1)) for i in trunk] + [[i for i in trunk if t + 1 - Tc < i <= t + 1] + registers] * K
+    h = torch.cat([encoder.embed.weight[past], encoder.registers])
+    return rms_norm(reference_transformer(encoder.transformer, h, positions, sees)[-K:])
+
+
+@KINDS
+def test_encoder_equals_a_plain_reference_for_every_position_and_so_do_its_gradients(kind):
+    encoder = randomise(Encoder(config(encoder=kind), V))
+    x, t = tokens(2, T), torch.arange(-1, T)
+    weight = torch.randn(2, T + 1, 3, 8, dtype=torch.float64)
+    out = encoder(x, t)
+    expected = torch.stack([torch.stack([reference_memory(encoder, row, i) for i in t.tolist()]) for row in x])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    parameters = list(encoder.parameters())
+    for ours, theirs in zip(torch.autograd.grad((out * weight).sum(), parameters),
+                            torch.autograd.grad((expected * weight).sum(), parameters)):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_decoder_and_readout_equal_a_plain_reference():
+    decoder, readout = randomise(Decoder(config(), V)), randomise(Readout(config(), V), 1)
+    memory, x = memories(2), tokens(2, 3)
+    for row in range(2):
+        h = torch.cat([memory[row], decoder.embed.weight[x[row]]])
+        h = reference_transformer(decoder.transformer, h, range(6), [list(range(i + 1)) for i in range(6)])
+        logits = rms_norm(h[2:], decoder.norm.weight) @ decoder.head.weight.T
+        torch.testing.assert_close(decoder(memory, x)[row], logits, rtol=0, atol=1e-5)
+        h = reference_transformer(readout.transformer, memory[row], range(3), [[0, 1, 2]] * 3)
+        logits = readout.head.weight @ rms_norm(h[-1], readout.norm.weight)
+        torch.testing.assert_close(readout(memory)[row], logits, rtol=0, atol=1e-5)
+
+
+@UPDATERS
+def test_updater_equals_a_plain_reference(kind):
+    updater = randomise(Updater(config(updater=kind), V))
+    memory, x = memories(2), tokens(2)
+    for row in range(2):
+        token, state = updater.embed.weight[x[row]], memory[row].flatten()
+        if kind == "transformer":
+            h = reference_transformer(updater.transformer, torch.cat([memory[row], token[None]]), range(4), [[0, 1, 2, 3]] * 4)[:3]
+        elif kind == "mlp":
+            for norm, up, _, down in updater.layers:
+                both = up.weight @ rms_norm(torch.cat([state, token]), norm.weight) + up.bias
+                state = state + down.weight @ (both * 0.5 * (1 + torch.erf(both / math.sqrt(2)))) + down.bias
+            h = state.view(3, 8)
+        else:
+            cell = updater.cell
+            r, z, n = (cell.weight_ih @ token + cell.bias_ih).chunk(3)
+            hr, hz, hn = (cell.weight_hh @ state + cell.bias_hh).chunk(3)
+            z, n = torch.sigmoid(z + hz), torch.tanh(n + torch.sigmoid(r + hr) * hn)
+            h = ((1 - z) * n + z * state).view(3, 8)
+        torch.testing.assert_close(updater(memory, x)[row], rms_norm(h), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must not be seen
+
+@KINDS
+def test_memory_depends_on_all_of_the_past_it_reads_and_on_nothing_after_t(kind):
+    encoder = randomise(Encoder(config(encoder=kind, context_len=T), V))
+    x, t = tokens(1, T), torch.arange(-1, T)
+    before = encoder(x, t)[0]
+    for i in range(T):
+        for other in (V, (x[0, i] + 1) % V):                                     # PAD too, as where a document ended
+            perturbed = x.clone()
+            perturbed[0, i] = other
+            moved = changed(before, encoder(perturbed, t)[0])
+            assert moved[t < i].max() < 1e-12, "the memory sees a later token"
+            assert moved[t >= i].min() > 1e-4, "the memory misses a token of its past"
+
+
+@KINDS
+def test_tokens_before_the_window_are_not_read(kind):
+    """The causal kind's registers read nothing before it; its trunk may carry older tokens into it from layer to layer."""
+    x, t = tokens(1, T), torch.arange(-1, T)
+    for layers in (1, 2):
+        encoder = randomise(Encoder(config(encoder=kind, encoder_layers=layers), V))
+        for i in range(T):
+            perturbed = x.clone()
+            perturbed[0, i] = (x[0, i] + 1) % V
+            moved = changed(encoder(x, t)[0], encoder(perturbed, t)[0])
+            inside, gone = moved[(t >= i) & (t < i + 4)], moved[t >= i + 4]
+            assert inside.min() > 1e-4
+            if kind == "window" or layers == 1:
+                assert not len(gone) or gone.max() < 1e-12
+            else:
+                assert not len(gone) or gone.min() > 1e-9
+
+
+@KINDS
+def test_memory_is_the_same_whichever_other_positions_are_asked_for(kind):
+    encoder = randomise(Encoder(config(encoder=kind), V))
+    x, t = tokens(2, T), torch.arange(-1, T)
+    together = encoder(x, t)
+    for i in t.tolist():
+        torch.testing.assert_close(encoder(x, torch.tensor([i]))[:, 0], together[:, i + 1], rtol=0, atol=1e-12)
+    some = torch.tensor([6, -1, 3, 3, 0])
+    torch.testing.assert_close(encoder(x, some), together[:, some + 1], rtol=0, atol=1e-12)
+
+
+@KINDS
+def test_empty_memory_is_the_memory_before_the_first_token_of_any_row(kind):
+    encoder = randomise(Encoder(config(encoder=kind), V))
+    empty = encoder.initial_memory()
+    assert empty.shape == (3, 8)
+    for length in (1, 3, T):
+        memory = encoder(tokens(2, length), torch.tensor([-1]))
+        torch.testing.assert_close(memory, empty.expand(2, 1, 3, 8), rtol=0, atol=1e-12)
+    if kind == "window":                                                          # m_empty = E([PAD] * Tc)
+        torch.testing.assert_close(encoder(torch.full((1, 4), V), torch.tensor([3]))[0, 0], empty, rtol=0, atol=1e-12)
+
+
+def test_a_short_past_is_the_same_as_a_past_with_pad_before_it():
+    encoder = randomise(Encoder(config(), V))
+    x = tokens(1, T)
+    padded = torch.cat([torch.full((1, 9), V), x], dim=1)
+    for t in range(-1, T):
+        torch.testing.assert_close(encoder(x, torch.tensor([t])), encoder(padded, torch.tensor([t + 9])), rtol=0, atol=1e-12)
+
+
+def test_decoder_never_sees_the_token_it_predicts():
+    """The output at place i predicts y_{t+i} = x_{t+i+1}, which is input i: it may see the inputs before i only."""
+    decoder = randomise(Decoder(config(future_len=6), V))
+    memory, x = memories(1), tokens(1, 5)
+    before = decoder(memory, x)[0]
+    assert before.shape == (6, V)
+    for i in range(5):
+        for other in (V, (x[0, i] + 1) % V):
+            perturbed = x.clone()
+            perturbed[0, i] = other
+            moved = changed(before, decoder(memory, perturbed)[0])
+            assert moved[:i + 1].max() < 1e-12 and moved[i + 1:].min() > 1e-6
+
+
+@KINDS
+def test_no_prediction_sees_its_target_from_the_row_to_the_logits(kind):
+    from train_smt import futures
+    networks = randomise(build(config(encoder=kind, context_len=T), V))
+    t = torch.arange(T)
+    ahead = t[:, None] + torch.arange(4)                                          # the logits (t, i) predict y_{t+i} = x_{t+i+1}
+
+    def logits(x):
+        future_x, _ = futures(x, x, t, 4, V)
+        return networks["decoder"](networks["encoder"](x, t).flatten(0, 1), future_x.flatten(0, 1))
+
+    x = tokens(1, T)
+    for s in range(T):
+        perturbed = x.clone()
+        perturbed[0, s] = (x[0, s] + 1) % V
+        moved = (logits(x) - logits(perturbed)).abs().amax(-1)
+        assert moved[ahead < s].numel() == 0 or moved[ahead < s].max() < 1e-12
+        assert moved[ahead >= s].min() > 1e-7
+
+
+def test_readout_reads_every_memory_token_and_the_last_logits_of_the_decoder_read_all_of_them():
+    readout, decoder = randomise(Readout(config(), V)), randomise(Decoder(config(), V))
+    memory = memories(1).requires_grad_()
+    for logits in (readout(memory), decoder(memory, tokens(1, 0))[:, 0]):
+        gradient, = torch.autograd.grad(logits.square().sum(), memory)
+        assert gradient.abs().amax(-1).min() > 1e-6
+
+
+@UPDATERS
+def test_rows_of_a_batch_never_mix(kind):
+    networks = randomise(build(config(updater=kind), V))
+    memory, x, t = memories(4), tokens(4, T), torch.arange(-1, T)
+    together = [networks["encoder"](x, t), networks["decoder"](memory, x[:, :3]), networks["updater"](memory, x[:, 0]),
+                networks["readout"](memory)]
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = [networks["encoder"](x[one], t), networks["decoder"](memory[one], x[one, :3]),
+                 networks["updater"](memory[one], x[one, 0]), networks["readout"](memory[one])]
+        for a, b in zip(alone, together):
+            torch.testing.assert_close(a[0], b[i], rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recurrence
+
+@UPDATERS
+def test_rolling_out_at_once_equals_reading_token_by_token(kind):
+    networks = randomise(build(config(updater=kind), V))
+    start, x = memories(3), tokens(3, 6)
+    with torch.no_grad():
+        whole = roll_out(networks["updater"], start, x)
+        step = start
+        for i in range(6):
+            step = sample.read(networks, step, x[:, i:i + 1])
+            torch.testing.assert_close(whole[:, i], step, rtol=0, atol=1e-12)
+            torch.testing.assert_close(sample.read(networks, start, x[:, :i + 1]), step, rtol=0, atol=0)
+    assert whole.shape == (3, 6, 3, 8) and changed(whole[:, 0], whole[:, 5]).min() > 1e-3
+
+
+@UPDATERS
+def test_memories_have_unit_root_mean_square_and_are_float32_under_autocast(kind):
+    networks = build(config(updater=kind), V)
+    with torch.autocast("cpu", torch.bfloat16):
+        memory = networks["encoder"](tokens(2, T), torch.tensor([-1, 3]))
+        after = roll_out(networks["updater"], memory[:, 0], tokens(2, 4))
+    for m in (memory, after):
+        assert m.dtype == torch.float32
+        torch.testing.assert_close(m.square().mean(-1), torch.ones(m.shape[:-1]), rtol=1e-3, atol=0)
+
+
+def test_transformer_updater_begins_as_the_identity():
+    updater = Updater(config(), V)
+    memory = rms_norm(torch.randn(2, 3, 8))
+    torch.testing.assert_close(updater(memory, tokens(2)), memory, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and checkpoints
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(d_model=12, n_heads=4), "d_model=12 must be a multiple of 2 x n_heads = 8"),
+    (dict(memory_tokens=0), "memory_tokens must be at least 1"), (dict(future_len=0), "future_len must be at least 1"),
+    (dict(encoder="bert"), "encoder is one of window, causal, not 'bert'"),
+    (dict(updater="lstm"), "updater is one of transformer, mlp, gru, not 'lstm'")])
+def test_sizes_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        config(**changes)
+
+
+def checkpoint(networks, **changes):
+    content = {"model_config": vars(config()), "data": {"vocab_size": V}, "model": networks.state_dict(),
+               "initial_memory": torch.ones(3, 8)}
+    return content | changes
+
+
+@pytest.mark.parametrize("names", [("encoder", "decoder", "updater", "readout"), ("updater", "readout")])
+def test_a_checkpoint_restores_the_same_functions(names):
+    networks = randomise(build(config(), V, names)).float()
+    got, restored, empty = restore(checkpoint(networks))
+    assert got == config() and list(restored) == list(names) and torch.equal(empty, torch.ones(3, 8))
+    memory = memories(2).float()
+    assert torch.equal(restored["updater"](memory, tokens(2)), networks["updater"](memory, tokens(2)))
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c["model_config"].update(d_model=16), lambda c: c["model_config"].update(updater="gru"),
+    lambda c: c["model_config"].update(updater_layers=3), lambda c: c["model_config"].update(width=3),
+    lambda c: c["model_config"].update(n_heads=3), lambda c: c["model"].pop("updater.embed.weight"),
+    lambda c: c.update(initial_memory=torch.ones(2, 8)), lambda c: c.update(data={}),
+    lambda c: c.update(model={"updater.extra": torch.ones(2)})])
+def test_a_checkpoint_of_another_architecture_is_refused(change):
+    content = checkpoint(build(config(), V))
+    content["model_config"] = dict(content["model_config"])
+    change(content)
+    with pytest.raises(DataError, match="does not fit this architecture"):
+        restore(content)
+
+
+def test_parameters_are_counted():
+    networks = build(config(), V, ("updater", "readout"))
+    total = sum(p.numel() for p in networks.parameters())
+    assert parameter_counts(networks).endswith(f"in all {total:,}") and "readout" in parameter_counts(networks)

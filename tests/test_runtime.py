@@ -1,0 +1,463 @@
+"""Command line, checkpoints, resuming, processes: what a user does to every script, and what it must answer."""
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, SIZES, call, trained
+
+import data
+import evaluate
+import runtime
+import sample
+import train_bptt
+import train_dmt
+import train_smt
+from runtime import DataError, RunConfig, learning_rate
+
+ROOT = Path(runtime.__file__).parent
+TRAIN = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt}
+SCRIPTS = pytest.mark.parametrize("script", [train_smt, train_dmt, train_bptt, sample, data, evaluate], ids=lambda s: s.__name__)
+TIMED = ("seconds", "tokens_per_second")
+
+
+def flags(stage, data_dir, smt_run, out, dataset="retrieval"):
+    more = {"smt": [*SIZES, "--positions=2", "--seq_len=8"], "bptt": [*SIZES, "--seq_len=8"],
+            "dmt": [f"--init_from={smt_run(dataset)}", "--seq_len=8"]}
+    return [*QUICK, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={out}", *more[stage]]
+
+
+def refused(result, status, *messages):
+    """One line on stderr, no traceback."""
+    assert result.status == status and len(result.err.splitlines()) == 1 and result.err.startswith("error: "), result
+    for message in messages:
+        assert message in result.err
+
+
+def metrics(folder):
+    """The lines of a run's log, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+def checkpoint(folder):
+    """A run's checkpoint as a flat dict, without what depends on the clock or says where it was written."""
+    def flatten(value, path):
+        if isinstance(value, dict):
+            return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{path}.{name}").items()}
+        if isinstance(value, (list, tuple)):
+            return flatten(dict(enumerate(value)), path)
+        return {path: value}
+    content = flatten(torch.load(folder / "ckpt.pt", weights_only=True), "")
+    return {name: value for name, value in content.items()
+            if name not in (".spent.seconds", ".config.out_dir", ".config.resume", ".config.max_iters", ".config.init_from")}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        same = torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
+        assert same, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+@SCRIPTS
+def test_help_lists_every_field_with_its_type_its_default_and_its_comment(script):
+    result = call(script, "--help")
+    text = " ".join(result.out.split())
+    assert result.status == 0 and script.__doc__.splitlines()[0] in result.out
+    comments = runtime.field_comments(script.Config)
+    for field in fields(script.Config):
+        comment = comments[field.name]
+        assert len(comment) > 5
+        kind = "bool" if "bool" in str(field.type) else next(k for k in ("int", "float", "str") if k in str(field.type))
+        default = "unset" if field.default in (None, "") else field.default
+        flag = f"--{field.name} []" if kind == "bool" else f"--{field.name}"
+        assert f"{flag} {' '.join(comment.split())} ({kind}, default {default})" in text, field.name
+
+
+@SCRIPTS
+@pytest.mark.parametrize("arguments, messages", [
+    (["--sede=3"], ["unknown argument --sede=3", "the nearest flag is --seed"]),
+    (["--data_dri", "x"], ["unknown argument --data_dri", "--data_dir"]),
+    (["--see=3"], ["unknown argument --see=3", "--seed"]),                        # no abbreviations
+    (["fables"], ["unexpected argument 'fables'", "--name=value"]),
+    (["--seed=many"], ["--seed", "int", "many"]), (["--seed"], ["--seed"])])
+def test_a_wrong_flag_is_refused_in_one_line_that_names_the_nearest(script, arguments, messages):
+    refused(call(script, *arguments), 2, *messages)
+
+
+@pytest.mark.parametrize("script", TRAIN.values(), ids=lambda s: s.__name__)
+@pytest.mark.parametrize("argument, messages", [
+    ("--preset=huge", ["--preset is one of", "tiny", "'huge'"]), ("--lr=0", ["--lr"]), ("--lr=nan", ["--lr"]), ("--lr=fast", ["--lr", "float"]),
+    ("--batch_size=0", ["--batch_size must be at least 1"]), ("--max_iters=1.5", ["--max_iters", "int"]),
+    ("--lr_decay=linear", ["--lr_decay is constant or cosine, not 'linear'"]), ("--warmup=2", ["--warmup"]), ("--p_start=1.5", ["--p_start"]),
+    ("--compile=perhaps", ["--compile"]), ("--device=gpu", ["--device", "'gpu'"]),
+    ("--grad_accum=5 --batch_size=16", ["--batch_size=16 must be a multiple of processes x grad_accum = 1 x 5"])])
+def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(script, argument, messages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(call(script, *argument.split()), 2, *messages)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, argument, message", [
+    (train_smt, "--d_model=20 --n_heads=4", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
+    (train_smt, "--encoder=bidirectional", "--encoder is one of window, causal"), (train_smt, "--positions=0", "--positions"),
+    (train_smt, "--positions=4 --run_length=3", "--run_length"), (train_bptt, "--updater=lstm", "--updater is one of"),
+    (train_bptt, "--truncate=-1", "--truncate"), (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0", "--label_stride"),
+    (sample, "--temperature=-1", "--temperature"), (sample, "--keep=2", "--keep"), (sample, "--max_new_tokens=0", "--max_new_tokens")])
+def test_an_impossible_combination_is_refused(script, argument, message):
+    refused(call(script, *argument.split()), 2, message)
+
+
+@dataclass(frozen=True)
+class Some(RunConfig):
+    """A config like those of the train scripts."""
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ([], dict(resume=False, compile=None, lr=1e-3, preset="tiny", seed=1337)), (["--resume"], dict(resume=True)),
+    (["--resume=false", "--compile=false"], dict(resume=False, compile=False)), (["--compile"], dict(compile=True)),
+    (["--compile", "--resume=no"], dict(compile=True, resume=False)), (["--lr", "3e-4"], dict(lr=3e-4)),
+    (["--dataset=mnist"], dict(preset="paper", batch_size=128)), (["--dataset=mnist", "--preset=tiny"], dict(preset="tiny", batch_size=4)),
+    (["--dataset=copy"], dict(batch_size=4, lr=0.5)), (["--dataset=copy", "--lr=0.1"], dict(lr=0.1)),
+    (["--batch_size=7"], dict(batch_size=7)), (["--seed=-1"], dict(seed=-1))])
+def test_flags_go_before_presets_and_presets_before_defaults(arguments, expected):
+    presets = {"tiny": dict(batch_size=4), "tiny/copy": dict(lr=0.5), "paper": dict(batch_size=128)}
+    config = runtime.parse(Some, arguments, presets)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("script", TRAIN.values(), ids=lambda s: s.__name__)
+def test_every_preset_is_a_valid_config(script):
+    for name, values in script.PRESETS.items():
+        base, _, dataset = name.partition("/")
+        assert base in script.PRESETS and (not dataset or dataset in data.DATASETS)
+        assert script.Config(**script.PRESETS[base] | values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rate and optimiser
+
+def test_learning_rate_warms_up_then_decays_to_a_tenth_or_stays():
+    config = RunConfig(lr=2.0, max_iters=100, warmup=0.1)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and rates[10] == 2.0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx(1.1)
+    assert {learning_rate(step, replace(config, lr_decay="constant")) for step in range(10, 100)} == {2.0}
+    assert learning_rate(0, replace(config, warmup=0.0)) == 2.0
+
+
+def test_only_matrices_of_linear_layers_are_decayed():
+    networks = torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 2), "linear": torch.nn.Linear(2, 2), "norm": torch.nn.RMSNorm(2)})
+    decayed, kept = runtime.adamw(networks, RunConfig(weight_decay=0.5)).param_groups
+    assert decayed["weight_decay"] == 0.5 and [p is networks["linear"].weight for p in decayed["params"]] == [True]
+    assert kept["weight_decay"] == 0 and len(kept["params"]) == 3
+
+
+@pytest.mark.parametrize("clip, expected", [(1.0, 1.0), (100.0, 5.0), (0.0, 5.0)])
+def test_gradients_are_clipped_and_the_norm_before_is_told(clip, expected):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    norm = runtime.optimizer_step(torch.optim.SGD([weight], lr=9.0), 1.0, clip)
+    assert norm == 5 and weight.grad is None and weight.detach().norm().item() == pytest.approx(expected, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+def stop_after(monkeypatch, steps, number):
+    """Send this process a signal in the middle of the given step."""
+    chosen = runtime.learning_rate
+
+    def rate(step, config):
+        if step == steps:
+            signal.raise_signal(number)
+        return chosen(step, config)
+    monkeypatch.setattr(runtime, "learning_rate", rate)
+
+
+@pytest.mark.parametrize("stage, dataset, more", [
+    ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]), ("bptt", "fables", []),
+    ("dmt", "retrieval", []), ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", ["--through_time", "--p_start=0"])])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(tmp_path, monkeypatch, data_dir, smt_run, stage,
+                                                                               dataset, more, number):
+    script, more = TRAIN[stage], [*more, "--max_iters=6", "--eval_interval=2", "--lr_decay=cosine"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    trained(script, *flags(stage, data_dir, smt_run, whole, dataset), *more)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, number)
+        trained(script, *flags(stage, data_dir, smt_run, halves, dataset), *more)
+    assert torch.load(halves / "ckpt.pt", weights_only=True)["step"] == 3 and metrics(halves)[-1]["step"] == 3
+    trained(script, *flags(stage, data_dir, smt_run, halves, dataset), *more, "--resume")
+    a, b = checkpoint(whole), checkpoint(halves)
+    assert_same_bits(a, b)
+    assert a[".step"] == 6 and any(name.startswith(".optimizer.state") for name in a)
+    assert (".memory" in a) == ("--persistent" in more)
+    assert metrics(whole) == metrics(halves)
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path, data_dir, smt_run):
+    for folder, parts in (("whole", [6]), ("parts", [2, 4, 6])):
+        for steps in parts:
+            trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / folder), "--warmup=0", "--eval_interval=2",
+                    f"--max_iters={steps}", f"--resume={steps > parts[0]}")
+    assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def test_resuming_needs_a_checkpoint_of_the_same_stage_and_architecture(tmp_path, data_dir, smt_run):
+    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "none"), "--resume"), 1, "there is no", "ckpt.pt")
+    shutil.copytree(smt_run("retrieval"), tmp_path / "run")
+    for change in ("--d_model=16", "--updater_layers=2", "--n_heads=1", "--updater=gru", "--encoder=causal", "--context_len=9"):
+        refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), change, "--resume"), 1, "another architecture")
+    for stage in ("bptt", "dmt"):
+        refused(call(TRAIN[stage], *flags(stage, data_dir, smt_run, tmp_path / "run"), "--resume"), 1, "is of another stage, smt")
+    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run", "fables"), "--resume"), 1, "was trained on retrieval")
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), "--resume")
+
+
+def test_a_log_line_that_a_crash_cut_off_does_not_prevent_resuming(tmp_path, data_dir, smt_run):
+    shutil.copytree(smt_run("retrieval"), tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "tok')
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), "--resume")
+    assert metrics(tmp_path / "run") == before
+
+
+def test_persistent_streams_resume_from_a_run_that_had_none(tmp_path, data_dir, smt_run):
+    arguments = flags("dmt", data_dir, smt_run, tmp_path, "fables")
+    trained(train_dmt, *arguments, "--max_iters=2")
+    trained(train_dmt, *arguments, "--persistent", "--horizon=3", "--resume")
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["memory"].shape == (16, 2, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's files
+
+@pytest.mark.parametrize("stage", TRAIN)
+def test_a_run_writes_its_config_a_log_and_a_checkpoint_and_nothing_else(tmp_path, data_dir, smt_run, stage):
+    result = trained(TRAIN[stage], *flags(stage, data_dir, smt_run, tmp_path), "--eval_interval=2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "config.json", "metrics.jsonl"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["out_dir"] == str(tmp_path) and TRAIN[stage].Config(**config)
+    lines = metrics(tmp_path)
+    training, held_out = ([line for line in lines if key in line] for key in ("train_loss", "val_rnn_loss"))
+    assert [line["step"] for line in training] == [1, 2, 3, 4] and [line["step"] for line in held_out] == [0, 2, 4]
+    assert all({"tokens", "flops", "sequential_flops", "grad_norm", "lr"} <= line.keys() for line in training)
+    assert [line["tokens"] for line in training] == [128 * i for i in range(1, 5)]
+    assert all(0 < line["sequential_flops"] < line["flops"] for line in training)
+    assert f"{stage}: retrieval" in result.out and "float32" in result.out and "compile off" in result.out
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert content["stage"] == stage and content["step"] == 4 and content["initial_memory"].shape == (2, 8)
+    assert content["data"]["name"] == "retrieval" and not any(name.startswith(("module", "_orig")) for name in content["model"])
+
+
+@pytest.mark.parametrize("first, second", [("smt", "bptt"), ("dmt", "bptt"), ("bptt", "smt"), ("dmt", "dmt"), ("smt", "smt"), ("bptt", "bptt")])
+def test_weights_go_from_stage_to_stage(tmp_path, data_dir, smt_run, first, second):
+    trained(TRAIN[first], *flags(first, data_dir, smt_run, tmp_path / "a"))
+    trained(TRAIN[second], *flags(second, data_dir, smt_run, tmp_path / "b"), f"--init_from={tmp_path / 'a'}", "--max_iters=1", "--lr=1e-9")
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in "ab")
+    shared = [name for name in a["model"] if name in b["model"] and name != "initial_memory"]
+    assert {name.split(".")[0] for name in shared} >= {"updater", "readout"}
+    for name in shared:
+        torch.testing.assert_close(a["model"][name], b["model"][name], rtol=0, atol=1e-6)
+    if second == "bptt":
+        torch.testing.assert_close(a["initial_memory"], b["initial_memory"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["--d_model=16", "--updater_layers=2", "--updater=gru", "--n_heads=1", "--memory_tokens=3"])
+def test_weights_of_another_architecture_are_refused(tmp_path, data_dir, smt_run, change):
+    for script in (train_smt, train_bptt):
+        stage = script.__name__.removeprefix("train_")
+        result = call(script, *flags(stage, data_dir, smt_run, tmp_path), change, f"--init_from={smt_run('retrieval')}")
+        refused(result, 1, "another architecture")
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_need_an_encoder(tmp_path, data_dir, smt_run):
+    trained(train_bptt, *flags("bptt", data_dir, smt_run, tmp_path / "a"))
+    refused(call(train_dmt, *flags("dmt", data_dir, smt_run, tmp_path / "b"), f"--init_from={tmp_path / 'a'}"), 2, "encoder")
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/smt-test-was-here",)
+
+
+def damaged(path, how):
+    good = path.read_bytes()
+    content = torch.load(path, weights_only=True)
+    if how == "truncated":
+        path.write_bytes(good[:len(good) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not a checkpoint")
+    elif how == "missing":
+        path.unlink()
+    elif how == "malicious":
+        torch.save(content | {"config": Malicious()}, path)
+    elif how == "malicious pickle":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif how == "other":
+        torch.save({"state_dict": content["model"]}, path)
+    elif how == "list":
+        torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "missing", "malicious", "malicious pickle", "other", "list"])
+def test_a_damaged_or_malicious_checkpoint_is_refused_in_one_line_by_every_script(tmp_path, data_dir, smt_run, how):
+    shutil.copytree(smt_run("fables"), tmp_path / "run")
+    damaged(tmp_path / "run" / "ckpt.pt", how)
+    for stage, script in TRAIN.items():
+        arguments = flags(stage, data_dir, smt_run, tmp_path / "new", "fables")
+        refused(call(script, *arguments, f"--init_from={tmp_path / 'run'}"), 1, "ckpt.pt")
+        refused(call(script, *arguments, "--resume", f"--out_dir={tmp_path / 'run'}"), 1, "ckpt.pt")
+    for script in (sample, evaluate):
+        refused(call(script, f"--ckpt={tmp_path / 'run'}", f"--data_dir={data_dir}"), 1, "ckpt.pt")
+    assert not Path("/tmp/smt-test-was-here").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_data_set_is_refused(tmp_path, data_dir, smt_run):
+    for stage, script in TRAIN.items():
+        arguments = flags(stage, data_dir, smt_run, tmp_path / "new", "fables")
+        refused(call(script, *arguments, f"--init_from={smt_run('retrieval')}"), 1, "trained on retrieval (vocabulary 5)", "fables")
+    data.prepare("retrieval", tmp_path, train_tokens=4000, val_tokens=400, symbols=7)
+    for script in (sample, evaluate):
+        refused(call(script, f"--ckpt={smt_run('retrieval')}", f"--data_dir={tmp_path}"), 1, "vocabulary 5", "vocabulary 8")
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    path.write_text("good")
+
+    def fails_after(content, error):
+        def write(temporary):
+            assert temporary != path and temporary.parent == path.parent
+            temporary.write_text(content)
+            raise error
+        return write
+
+    for error in (OSError(28, "No space left on device"), RuntimeError("enforce fail: file write failed")):
+        with pytest.raises(DataError, match="cannot write .*ckpt.pt: (No space|enforce fail)"):
+            runtime.write_atomically(path, fails_after("half", error))
+    with pytest.raises(KeyboardInterrupt):
+        runtime.write_atomically(path, fails_after("half", KeyboardInterrupt()))
+    assert path.read_text() == "good" and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    runtime.write_atomically(path, lambda temporary: temporary.write_text("better"))
+    assert path.read_text() == "better" and [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, data_dir, smt_run):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / place)), 1, str(tmp_path / place))
+
+
+@pytest.mark.parametrize("stage", TRAIN)
+def test_a_loss_that_became_nan_ends_the_run_in_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch, data_dir, smt_run, stage):
+    arguments = [*flags(stage, data_dir, smt_run, tmp_path), "--max_iters=50", "--eval_interval=2"]
+    step = runtime.optimizer_step
+
+    def poisoned(optimizer, lr, grad_clip):
+        parameters = optimizer.param_groups[0]["params"]
+        if poisoned.steps == 3:
+            for parameter in parameters:
+                (parameter.grad if where == "gradient" else parameter.data).fill_(float("nan"))
+        poisoned.steps += 1
+        return step(optimizer, lr, grad_clip)
+
+    monkeypatch.setattr(runtime, "optimizer_step", poisoned)
+    for where, log_interval, message in (("gradient", 1, "gradient's norm became nan before step 4"),
+                                         ("weight", 1000, "the held-out loss is nan at step 4"),
+                                         ("weight", 5, "the loss became nan before step 5")):
+        poisoned.steps = 0
+        every = 1000 if log_interval == 5 else 2
+        refused(call(TRAIN[stage], *arguments, f"--log_interval={log_interval}", f"--eval_interval={every}"), 1, message, "checkpoint stays")
+        if every == 1000:
+            continue
+        content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+        assert content["step"] == 2 and all(w.isfinite().all() for w in content["model"].values())
+        assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    trained(TRAIN[stage], *arguments, "--max_iters=4", "--resume")
+
+
+def test_an_evaluation_that_cuts_off_all_questions_is_survived(tmp_path, data_dir, smt_run):
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--eval_len=4")
+
+
+def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
+    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=9", "--run_length=9"), 2, "--run_length=9")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+def test_a_process_that_is_told_to_stop_saves_and_ends_well(tmp_path, data_dir, smt_run):
+    """The one test in which the signal comes from outside."""
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), "--max_iters=1000000"]
+    process = subprocess.Popen([sys.executable, ROOT / "train_smt.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step      3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and not errors, errors
+    step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"]
+    lines = metrics(tmp_path)
+    assert step >= 3 and lines[-1]["step"] == step and "val_rnn_loss" in lines[-1]
+
+
+DRIVER = """
+import sys
+import runtime, train_dmt, train_smt
+def main():
+    for line in open(sys.argv[1]):
+        name, *arguments = line.split()
+        sys.argv[1:] = arguments
+        {"smt": train_smt, "dmt": train_dmt}[name].main()
+runtime.run_main(main)
+"""
+
+
+def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_dir, smt_run):
+    """All pairs of runs of the same global batch; the two processes talk through gloo."""
+    cases = {"smt": flags("smt", data_dir, smt_run, "")[:-1] + ["--seq_len=16", "--lambda_unif=0.1", "--dataset=fables"],
+             "dmt": flags("dmt", data_dir, smt_run, "", "fables") + ["--seq_len=16", "--horizon=6", "--persistent"]}
+    (tmp_path / "driver.py").write_text(DRIVER)
+    lines = [" ".join([name, *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-2"]) for name, case in cases.items()]
+    (tmp_path / "runs").write_text("\n".join(lines))
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py",
+                             tmp_path / "runs"], capture_output=True, text=True, timeout=120,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout and result.stdout.count("step      4  ") == 4
+    for name, case in cases.items():
+        for kind, more in (("1", []), ("accumulated", ["--grad_accum=2"])):
+            trained(TRAIN[name], *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-{kind}", *more)
+        one = checkpoint(Path(f"{tmp_path / name}-1"))
+        assert name == "smt" or one[".memory"].shape[0] == 16
+        for kind in ("2", "accumulated"):
+            folder = Path(f"{tmp_path / name}-{kind}")
+            for a, b in zip(metrics(Path(f"{tmp_path / name}-1")), metrics(folder), strict=True):
+                assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+            other = checkpoint(folder)
+            assert one.keys() == other.keys()
+            for key, value in one.items():
+                if key.startswith((".model.", ".memory", ".initial_memory")) and value.is_floating_point():
+                    print(name,kind,key,float((other[key]-value).abs().max()));                    torch.testing.assert_close(other[key], value, rtol=0, atol=2e-3, msg=lambda m: f"{key}: {m}")
