@@ -113,7 +113,8 @@ PURPOSES = ["batch", "generate", "held out", "split", "roll-out"]
 
 def philox(seed, stream, purpose):
     """A random generator for each (seed, stream, purpose): no two of them share a number."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, stream], counter=[0, 0, 0, PURPOSES.index(purpose)]))
+    key = np.array([seed % 2**64, stream], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, PURPOSES.index(purpose)]))
 
 
 def documents_end(n_tokens, meta):

@@ -317,7 +317,7 @@ def start(config, stage):
                          f"= {world_size} x {config.grad_accum}")
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed % 2**63)
 
     compile = config.compile if config.compile is not None else device.type == "cuda"
     run = Run(device, rank, world_size, Path(config.out_dir or f"runs/{config.dataset}-{stage}"), compile, config.log_interval)

@@ -52,12 +52,14 @@ def choose(logits, temperature, top_k, generators):
     """One token for each row of logits (B, V) -> (B,), row i with generators[i]."""
     if temperature == 0:
         return logits.argmax(-1)
+    device = logits.device
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = (logits / temperature).softmax(-1).cpu()
+    logits = logits.cpu().double()
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)     # finite at any temperature
     drawn = [torch.multinomial(p, 1, generator=generator) for p, generator in zip(probabilities, generators)]
-    return torch.cat(drawn).to(logits.device)
+    return torch.cat(drawn).to(device)
 
 
 @torch.inference_mode()
@@ -78,7 +80,7 @@ def generate(networks, memory, temperature, top_k, generators):
 
 
 def seeded(seed, count):
-    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    return [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(count)]
 
 
 def complete(networks, initial_memory, given, length, config):
@@ -137,7 +139,7 @@ def paint(networks, initial_memory, meta, config, path):
         runtime.check_data({"data": meta}, data)
         whole, _ = datasets.held_out(data, n, length, config.seed)
     elif config.prompt:
-        whole = torch.from_numpy(datasets.read_picture(config.prompt, meta)).long().expand(n, -1)
+        whole = torch.tensor(datasets.read_picture(config.prompt, meta)).long().expand(n, -1)
     else:
         whole = torch.full((n, length), meta["first_token"])
     tokens = complete(networks, initial_memory, whole[:, :kept].to(device), length, config).cpu()
@@ -162,7 +164,8 @@ def save_grid(pictures, columns, path):
     for i, picture in enumerate(pictures):
         top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
         grid[top:top + height, left:left + width] = picture
-    runtime.write_atomically(path, lambda temporary: imsave(temporary, grid, cmap="gray", vmin=0, vmax=255, format="png"))
+    grid = grid[..., None].repeat(3, axis=2)      # a colour map would change some greys by one
+    runtime.write_atomically(path, lambda temporary: imsave(temporary, grid, format="png"))
 
 
 def answer(networks, initial_memory, meta, config):

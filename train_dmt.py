@@ -139,7 +139,11 @@ def main():
     T = config.seq_len or (data.longest_document if data.rows_are_documents else model_config.context_len)
     H = min(config.horizon or T, T)
     flops, sequential_flops = step_flops(config, model_config, networks, data.vocab_size, T, H)
-    memory = source["memory"].chunk(run.world_size)[run.rank] if config.resume and config.persistent and "memory" in source else None
+    memory = None
+    if config.resume and config.persistent and "memory" in source:
+        if len(source["memory"]) != config.batch_size:
+            raise UsageError(f"the run has {len(source['memory'])} streams: --resume it with that --batch_size, not {config.batch_size}")
+        memory = source["memory"].chunk(run.world_size)[run.rank]
 
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):

@@ -29,8 +29,10 @@ class Config(ModelConfig, RunConfig):
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, at most context_len for text
     positions: int = 1              # positions S of each row at which a pair of memories is trained
     run_length: int = 1             # the positions come in runs of this many consecutive ones, which share memories: r pairs need r + 1
+    decode_every: int = 1           # the long futures are decoded at every n-th of these positions
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
+    lambda_near: float = 0.0        # extra weight of the decoder's first target, which it predicts from the memory alone
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
     lambda_read: float = 1.0        # weight of the readout's loss
@@ -41,6 +43,8 @@ class Config(ModelConfig, RunConfig):
         RunConfig.__post_init__(self)
         if self.positions < 1 or self.seq_len < 0 or not 0 <= self.p_start <= 1:
             raise UsageError("--positions is at least 1, --seq_len at least 0, --p_start from 0 to 1")
+        if not 1 <= self.decode_every <= self.positions:
+            raise UsageError("--decode_every is from 1 to --positions")
         if self.run_length < 1 or self.positions % self.run_length:
             raise UsageError(f"--positions={self.positions} must be a multiple of --run_length={self.run_length}")
 
@@ -71,9 +75,9 @@ def expand_runs(centres, run_length, T):
     return (first[:, None] + torch.arange(run_length)).flatten()
 
 
-def count_terms(x, y, t, future_len, pad):
+def count_terms(x, y, t, future_len, pad, decode_every=1):
     """How many targets are decoded, transitions trained and targets read out: the denominators of the means, (3,)."""
-    _, future_y = futures(x, y, t, future_len, pad)
+    _, future_y = futures(x, y, t[::decode_every], future_len, pad)
     return torch.stack([(future_y != IGNORE).sum(), (x[:, t] != pad).sum(), (y[:, t] != IGNORE).sum()])
 
 
@@ -95,13 +99,14 @@ def uniformity(memory):
 def smt_loss(networks, x, y, t, counts, config):
     """The joint objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}) and m_{-1} = m_empty:
 
-        L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1})
+        L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at every decode_every-th position
+        L_near = CE(D(m_t), y_t)                            its first target again, at every position (not in the paper)
         L_dyn  = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories
         L_unif = log mean_{a != b} exp(-2 |u_a - u_b|^2)    memory tokens apart from each other
         L_read = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
 
     Each is these rows' share of the mean over the global batch of config.batch_size rows, which has counts (3,) of each kind:
-    summed over micro-batches and processes they are the losses. Returns the weighted sum and the four terms.
+    summed over micro-batches and processes they are the losses. Returns the weighted sum and its terms.
     """
     encoder, pad = networks["encoder"], networks["encoder"].pad
     decoded, transitions, readouts = counts.clamp(min=1)
@@ -111,9 +116,14 @@ def smt_loss(networks, x, y, t, counts, config):
     memories = memories.unflatten(1, (len(runs), -1))                              # (B, runs, run_length + 1, K, d)
     before, after = memories[:, :, :-1].flatten(1, 2), memories[:, :, 1:].flatten(1, 2)    # m_{t-1}, m_t: (B, S, K, d)
 
-    future_x, future_y = futures(x, y, t, config.future_len, pad)
-    logits = networks["decoder"](after.flatten(0, 1), future_x.flatten(0, 1))      # (B S, Tf, V)
+    far = slice(None, None, config.decode_every)
+    future_x, future_y = futures(x, y, t[far], config.future_len, pad)
+    logits = networks["decoder"](after[:, far].flatten(0, 1), future_x.flatten(0, 1))      # (B S / decode_every, Tf, V)
     loss_dec = cross_entropy(logits, future_y.flatten(0, 1)) / decoded
+    loss_near = torch.zeros_like(loss_dec)
+    if config.lambda_near:
+        logits = networks["decoder"](after.flatten(0, 1), x.new_empty(after[:, :, 0, 0].numel(), 0))       # (B S, 1, V)
+        loss_near = cross_entropy(logits, y[:, t].flatten()) / readouts
 
     x_t = x[:, t]
     start, goal = (before.detach(), after.detach()) if config.detach else (before, after)
@@ -126,9 +136,9 @@ def smt_loss(networks, x, y, t, counts, config):
 
     loss_read = cross_entropy(networks["readout"](after.detach().flatten(0, 1)), y[:, t].flatten()) / readouts
 
-    loss = (config.lambda_dec * loss_dec + config.lambda_dyn * loss_dyn
+    loss = (config.lambda_dec * loss_dec + config.lambda_near * loss_near + config.lambda_dyn * loss_dyn
             + config.lambda_unif * loss_unif + config.lambda_read * loss_read)
-    return loss, dict(train_loss=loss, loss_dec=loss_dec, loss_dyn=loss_dyn, loss_unif=loss_unif, loss_read=loss_read)
+    return loss, dict(train_loss=loss, loss_dec=loss_dec, loss_near=loss_near, loss_dyn=loss_dyn, loss_unif=loss_unif, loss_read=loss_read)
 
 
 def step_flops(config, networks, vocab_size, T):
@@ -136,7 +146,8 @@ def step_flops(config, networks, vocab_size, T):
     S = config.positions
     forward = forward_flops(config, vocab_size, T, S + S // config.run_length)
     chain = {name: chain_flops(network) for name, network in networks.items()}
-    return (3 * config.batch_size * (forward["encoder"] + S * (forward["decoder"] + forward["updater"] + forward["readout"])),
+    decoded = -(-S // config.decode_every)
+    return (3 * config.batch_size * (forward["encoder"] + decoded * forward["decoder"] + S * (forward["updater"] + forward["readout"])),
             3 * (chain["encoder"] + max(chain["decoder"], chain["updater"], chain["readout"])))
 
 
@@ -175,7 +186,7 @@ def main():
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions // config.run_length,
                                         config.p_start, run.rank, run.world_size)
         t = expand_runs(t, config.run_length, T).to(run.device)
-        counts = run.sum(count_terms(x, y, t, config.future_len, data.pad))
+        counts = run.sum(count_terms(x, y, t, config.future_len, data.pad, config.decode_every))
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             with runtime.micro_step(module, last=i == config.grad_accum - 1):
                 with run.autocast():

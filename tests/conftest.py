@@ -1,24 +1,24 @@
-"""The scripts live in the repository's root: make them importable from anywhere pytest is started."""
+"""What the tests share. The scripts live in the repository's root: make them importable from anywhere pytest is started."""
+import contextlib
+import gzip
+import io
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import contextlib  # noqa: E402
-import gzip  # noqa: E402
-import io  # noqa: E402
-import signal  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
 
 import data  # noqa: E402
 import runtime  # noqa: E402
 
 SIZES = ["--encoder=window", "--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--encoder_layers=1",
          "--decoder_layers=1", "--updater_layers=1", "--readout_layers=1", "--context_len=8", "--future_len=3"]
+PAIRS = ["--seq_len=8", "--positions=2", "--run_length=1", "--decode_every=1"]
 QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4", "--log_interval=1", "--eval_interval=100",
          "--eval_docs=4", "--eval_len=16", "--lr_decay=constant", "--lr=0.01"]
 
@@ -92,7 +92,6 @@ def smt_run(data_dir, tmp_path_factory):
     def folder(dataset):
         if dataset not in runs:
             runs[dataset] = tmp_path_factory.mktemp(f"{dataset}-smt")
-            trained(train_smt, *QUICK, *SIZES, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={runs[dataset]}",
-                    "--seq_len=8", "--positions=2")
+            trained(train_smt, *QUICK, *SIZES, *PAIRS, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={runs[dataset]}")
         return runs[dataset]
     return folder

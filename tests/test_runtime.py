@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, SIZES, call, trained
+from conftest import PAIRS, QUICK, SIZES, call, trained
 
 import data
 import evaluate
@@ -29,7 +29,7 @@ TIMED = ("seconds", "tokens_per_second")
 
 
 def flags(stage, data_dir, smt_run, out, dataset="retrieval"):
-    more = {"smt": [*SIZES, "--positions=2", "--seq_len=8"], "bptt": [*SIZES, "--seq_len=8"],
+    more = {"smt": [*SIZES, *PAIRS], "bptt": [*SIZES, "--seq_len=8"],
             "dmt": [f"--init_from={smt_run(dataset)}", "--seq_len=8"]}
     return [*QUICK, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={out}", *more[stage]]
 
@@ -98,9 +98,10 @@ def test_a_wrong_flag_is_refused_in_one_line_that_names_the_nearest(script, argu
 
 @pytest.mark.parametrize("script", TRAIN.values(), ids=lambda s: s.__name__)
 @pytest.mark.parametrize("argument, messages", [
-    ("--preset=huge", ["--preset is one of", "tiny", "'huge'"]), ("--lr=0", ["--lr"]), ("--lr=nan", ["--lr"]), ("--lr=fast", ["--lr", "float"]),
+    ("--preset=huge", ["--preset is one of", "tiny", "'huge'"]), ("--lr=0", ["--lr"]), ("--lr=nan", ["--lr"]),
+    ("--lr=fast", ["--lr", "float"]), ("--p_start=1.5", ["--p_start"]),
     ("--batch_size=0", ["--batch_size must be at least 1"]), ("--max_iters=1.5", ["--max_iters", "int"]),
-    ("--lr_decay=linear", ["--lr_decay is constant or cosine, not 'linear'"]), ("--warmup=2", ["--warmup"]), ("--p_start=1.5", ["--p_start"]),
+    ("--lr_decay=linear", ["--lr_decay is constant or cosine, not 'linear'"]), ("--warmup=2", ["--warmup"]),
     ("--compile=perhaps", ["--compile"]), ("--device=gpu", ["--device", "'gpu'"]),
     ("--grad_accum=5 --batch_size=16", ["--batch_size=16 must be a multiple of processes x grad_accum = 1 x 5"])])
 def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(script, argument, messages, tmp_path, monkeypatch):
@@ -113,7 +114,8 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
     (train_smt, "--d_model=20 --n_heads=4", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
     (train_smt, "--encoder=bidirectional", "--encoder is one of window, causal"), (train_smt, "--positions=0", "--positions"),
     (train_smt, "--positions=4 --run_length=3", "--run_length"), (train_bptt, "--updater=lstm", "--updater is one of"),
-    (train_bptt, "--truncate=-1", "--truncate"), (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0", "--label_stride"),
+    (train_bptt, "--truncate=-1", "--truncate"), (train_dmt, "--horizon=-1", "--horizon"),
+    (train_dmt, "--label_stride=0", "--label_stride"),
     (sample, "--temperature=-1", "--temperature"), (sample, "--keep=2", "--keep"), (sample, "--max_new_tokens=0", "--max_new_tokens")])
 def test_an_impossible_combination_is_refused(script, argument, message):
     refused(call(script, *argument.split()), 2, message)
@@ -242,6 +244,8 @@ def test_persistent_streams_resume_from_a_run_that_had_none(tmp_path, data_dir, 
     trained(train_dmt, *arguments, "--max_iters=2")
     trained(train_dmt, *arguments, "--persistent", "--horizon=3", "--resume")
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["memory"].shape == (16, 2, 8)
+    for size in (8, 32):                                                         # streams cannot change their number
+        refused(call(train_dmt, *arguments, "--persistent", "--horizon=3", "--resume", f"--batch_size={size}"), 2, "16 streams")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +269,8 @@ def test_a_run_writes_its_config_a_log_and_a_checkpoint_and_nothing_else(tmp_pat
     assert content["data"]["name"] == "retrieval" and not any(name.startswith(("module", "_orig")) for name in content["model"])
 
 
-@pytest.mark.parametrize("first, second", [("smt", "bptt"), ("dmt", "bptt"), ("bptt", "smt"), ("dmt", "dmt"), ("smt", "smt"), ("bptt", "bptt")])
+@pytest.mark.parametrize("first, second", [("smt", "bptt"), ("dmt", "bptt"), ("bptt", "smt"), ("dmt", "dmt"), ("smt", "smt"),
+                                           ("bptt", "bptt")])
 def test_weights_go_from_stage_to_stage(tmp_path, data_dir, smt_run, first, second):
     trained(TRAIN[first], *flags(first, data_dir, smt_run, tmp_path / "a"))
     trained(TRAIN[second], *flags(second, data_dir, smt_run, tmp_path / "b"), f"--init_from={tmp_path / 'a'}", "--max_iters=1", "--lr=1e-9")
@@ -293,8 +298,13 @@ def test_labels_need_an_encoder(tmp_path, data_dir, smt_run):
 
 
 class Malicious:
+    """Unpickling it makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/smt-test-was-here",)
+        return os.system, (f"touch {self.path}",)
 
 
 def damaged(path, how):
@@ -309,9 +319,9 @@ def damaged(path, how):
     elif how == "missing":
         path.unlink()
     elif how == "malicious":
-        torch.save(content | {"config": Malicious()}, path)
+        torch.save(content | {"config": Malicious(path.parent / "was-here")}, path)
     elif how == "malicious pickle":
-        path.write_bytes(pickle.dumps(Malicious()))
+        path.write_bytes(pickle.dumps(Malicious(path.parent / "was-here"), 2))
     elif how == "other":
         torch.save({"state_dict": content["model"]}, path)
     elif how == "list":
@@ -328,7 +338,7 @@ def test_a_damaged_or_malicious_checkpoint_is_refused_in_one_line_by_every_scrip
         refused(call(script, *arguments, "--resume", f"--out_dir={tmp_path / 'run'}"), 1, "ckpt.pt")
     for script in (sample, evaluate):
         refused(call(script, f"--ckpt={tmp_path / 'run'}", f"--data_dir={data_dir}"), 1, "ckpt.pt")
-    assert not Path("/tmp/smt-test-was-here").exists() and not (tmp_path / "new").exists()
+    assert not (tmp_path / "run" / "was-here").exists() and not (tmp_path / "new").exists()
 
 
 def test_a_checkpoint_of_another_data_set_is_refused(tmp_path, data_dir, smt_run):
@@ -386,7 +396,8 @@ def test_a_loss_that_became_nan_ends_the_run_in_one_line_and_the_last_checkpoint
                                          ("weight", 5, "the loss became nan before step 5")):
         poisoned.steps = 0
         every = 1000 if log_interval == 5 else 2
-        refused(call(TRAIN[stage], *arguments, f"--log_interval={log_interval}", f"--eval_interval={every}"), 1, message, "checkpoint stays")
+        result = call(TRAIN[stage], *arguments, f"--log_interval={log_interval}", f"--eval_interval={every}")
+        refused(result, 1, message, "checkpoint stays")
         if every == 1000:
             continue
         content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
@@ -398,6 +409,12 @@ def test_a_loss_that_became_nan_ends_the_run_in_one_line_and_the_last_checkpoint
 
 def test_an_evaluation_that_cuts_off_all_questions_is_survived(tmp_path, data_dir, smt_run):
     trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--eval_len=4")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 + 5])
+def test_any_whole_number_is_a_seed(tmp_path, data_dir, smt_run, seed):
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path, "fables"), f"--seed={seed}", "--max_iters=1")
+    trained(sample, f"--ckpt={tmp_path}", f"--seed={seed}", "--max_new_tokens=3")
 
 
 def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
@@ -437,7 +454,7 @@ runtime.run_main(main)
 
 def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_dir, smt_run):
     """All pairs of runs of the same global batch; the two processes talk through gloo."""
-    cases = {"smt": flags("smt", data_dir, smt_run, "")[:-1] + ["--seq_len=16", "--lambda_unif=0.1", "--dataset=fables"],
+    cases = {"smt": flags("smt", data_dir, smt_run, "") + ["--seq_len=16", "--lambda_unif=0.1", "--dataset=fables"],
              "dmt": flags("dmt", data_dir, smt_run, "", "fables") + ["--seq_len=16", "--horizon=6", "--persistent"]}
     (tmp_path / "driver.py").write_text(DRIVER)
     lines = [" ".join([name, *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-2"]) for name, case in cases.items()]
@@ -455,9 +472,9 @@ def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_di
         for kind in ("2", "accumulated"):
             folder = Path(f"{tmp_path / name}-{kind}")
             for a, b in zip(metrics(Path(f"{tmp_path / name}-1")), metrics(folder), strict=True):
-                assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+                assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
             other = checkpoint(folder)
             assert one.keys() == other.keys()
             for key, value in one.items():
                 if key.startswith((".model.", ".memory", ".initial_memory")) and value.is_floating_point():
-                    print(name,kind,key,float((other[key]-value).abs().max()));                    torch.testing.assert_close(other[key], value, rtol=0, atol=2e-3, msg=lambda m: f"{key}: {m}")
+                    torch.testing.assert_close(other[key], value, rtol=0, atol=1e-5, msg=lambda m: f"{key}: {m}")
