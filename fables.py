@@ -36,8 +36,8 @@ def follows(parent, **words):
     return Given(parent, {text: {word: 1} for text, word in words.items()})
 
 
-GIRLS = {"Mila": 10, "Nora": 8, "Ruby": 7, "Lily": 6, "Anna": 5, "Ivy": 5, "Zoe": 4, "Ella": 3}
-BOYS = {"Tom": 10, "Max": 8, "Finn": 7, "Leo": 6, "Hugo": 5, "Sam": 5, "Ben": 4, "Jack": 3}
+GIRLS = {"Mila": 5, "Nora": 4, "Ruby": 3, "Lily": 3}
+BOYS = {"Tom": 5, "Ben": 4, "Finn": 3, "Hugo": 3}
 ANIMALS = {"fox": 7, "mouse": 6, "bear": 5, "hare": 5, "frog": 4, "duck": 4, "cat": 3, "goat": 3}
 
 
@@ -49,10 +49,9 @@ def pronoun(girl, boy):
 GRAMMAR = {
     "story": {"{opening} {trouble} {rescue} {ending}": 1},
 
-    "opening": {"A {animal} named {hero} lived {home}.": 5,
-                "There was a {animal} named {hero} {home}.": 3,
-                "Far away {home} lived a {animal} named {hero}.": 2,
-                "Once a {animal} named {hero} had a {den} {home}.": 2},
+    "opening": {"Once little {hero} the {animal} lived {home}.": 5,
+                "Far away {home} lived little {hero} the {animal}.": 3,
+                "A {animal}, little {hero}, had a {den} {home}.": 2},
     "animal": ANIMALS,
     "hero": GIRLS | BOYS,
     "home": {"by the lake": 6, "in the woods": 5, "on the hill": 5, "near the sea": 4, "at the farm": 4,
@@ -61,10 +60,9 @@ GRAMMAR = {
                    cat="bed", goat="shed"),
     "his": pronoun("her", "his"),
 
-    "trouble": {"One day {hero} lost {his} {colour} {thing} {spot}.": 5,
-                "{hero} had a {colour} {thing}. One day it fell {spot}.": 4,
-                "One night the {colour} {thing} of {hero} fell {spot}.": 3,
-                "But then {hero} dropped {his} {colour} {thing} {spot}.": 2},
+    "trouble": {"One day little {hero} lost a {colour} {thing} {spot}.": 5,
+                "One night little {hero} dropped {his} {colour} {thing} {spot}.": 3,
+                "But little {hero} let {his} {colour} {thing} fall {spot}.": 3},
     "colour": {"red": 6, "blue": 5, "green": 4, "white": 3, "gold": 2, "pink": 2},
     "thing": {"kite": 6, "ball": 6, "drum": 5, "boat": 5, "bell": 4, "hat": 4, "lamp": 4, "book": 3, "flute": 3,
               "scarf": 3, "sled": 2, "ring": 2},
@@ -73,12 +71,10 @@ GRAMMAR = {
     "spot": {"in the river": 5, "down a well": 4, "into a hole": 4, "over a wall": 3, "under a rock": 3,
              "in the mud": 2},
 
-    "rescue": {"{hero} cried, and {friend} the {pal} {fetch}.": 5,
-               "Soon {friend} the {pal} {fetch} for {hero}.": 4,
-               "A {pal} called {friend} heard {hero} and {fetch}.": 3,
-               "Next day {friend} the {pal} saw {hero} and {fetch}.": 2},
-    "friend": {"Otto": 8, "Pip": 7, "Bea": 6, "Rosa": 6, "Gus": 5, "Dora": 5, "Ned": 4, "Kira": 4, "Walt": 3,
-               "Una": 3, "Vera": 2, "Cora": 2},
+    "rescue": {"Soon old {friend} the {pal} {fetch}.": 5,
+               "Then old {friend} the {pal} came and {fetch}.": 4,
+               "A {pal}, old {friend}, {fetch} for little {hero}.": 2},
+    "friend": {"Otto": 5, "Pip": 5, "Gus": 4, "Dora": 4, "Walt": 3, "Una": 3, "Vera": 2, "Kira": 2},
     "pal": Given("animal", {mine: {other: weight for other, weight in ANIMALS.items() if other != mine}
                             for mine in ANIMALS}),
     "fetch": Given("spot", {"in the river": {"swam after it": 3, "caught it": 2, "dived in": 1},
@@ -88,12 +84,12 @@ GRAMMAR = {
                             "under a rock": {"dragged it out": 3, "moved the rock": 2},
                             "in the mud": {"fished it out": 3, "wiped it clean": 1}}),
 
-    "ending": {"Now {hero} and {friend} {use} the {thing} {home}.": 4,
-               "Back {home} {hero} let {friend} {use} the {colour} {thing}.": 3,
-               "Since then {hero} and the {pal} {use} the {thing} {home}.": 2,
-               "In the {den} {home} the {animal} {hero} kept the {thing}.": 2},
+    "ending": {"Now little {hero} and old {friend} {use} the {thing} {home}.": 4,
+               "So old {friend} and little {hero} {use} the {thing} {home}.": 3,
+               "Back {home} little {hero} let old {friend} {use} the {thing}.": 3,
+               "In the {den} {home} little {hero} kept the {thing}.": 2},
 }
-FACTS = ("hero", "animal", "home", "colour", "thing", "friend", "pal")  # what can come back later
+FACTS = ("hero", "animal", "home", "thing", "friend")  # what can come back later
 
 
 def options(grammar, name, known):
@@ -214,11 +210,11 @@ def facts(story):
 def hero_kept(story):
     """Whether the last sentence is about the hero that the first one named. Takes any text, a model's failures too.
 
-    True only if the first of several sentences says "named" and a hero's name, and the last one is finished and contains
+    True only if the first of several sentences says "little" and a hero's name, and the last one is finished and contains
     that name and no other hero's (friends have other names).
     """
     sentences = re.split(r"(?<=\.) ", story)
-    named = re.search(r"\bnamed ([A-Z][a-z]+)", sentences[0])
+    named = re.search(r"\blittle ([A-Z][a-z]+)", sentences[0])
     heroes = {word for word in re.findall(r"[A-Za-z]+", sentences[-1]) if word in GIRLS | BOYS}
     return bool(named) and len(sentences) > 1 and story.endswith(".") and heroes == {named[1]}
 

@@ -129,6 +129,9 @@ def normalise(memory):
 # ---------------------------------------------------------------------------------------------------------------------
 # The four networks
 
+GROUPS_PER_CALL = 16   # groups of registers that share an attention call of the causal encoder
+
+
 class Encoder(nn.Module):
     """E_phi: the memories after reading x up to each of S positions.
 
@@ -163,16 +166,24 @@ class Encoder(nn.Module):
 
         at = torch.arange(T + 1, device=x.device)
         last = (t + 1).repeat_interleave(K)                                           # (S K,): the trunk place of x_t
+        sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)  # (S K, T+1)
         group = torch.arange(S, device=x.device).repeat_interleave(K)
-        sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)
-        mask = torch.cat([sees_trunk, group[:, None] == group], dim=1)                # (S K, T+1 + S K)
+        parts = []                              # the registers in parts, whose keys would be of no use to the others:
+        for own in group.split(GROUPS_PER_CALL * K):
+            which = slice(int(own[0]) * K, int(own[-1] + 1) * K)
+            end = int(last[which].max()) + 1                                          # no trunk place from here on is seen
+            parts.append((which, end, torch.cat([sees_trunk[which, :end], own[:, None] == own], dim=1)))
 
         def attend(q, k, v):
-            q_trunk, q_registers = q.split([q.shape[2] - S * K, S * K], dim=2)
-            mixed = F.scaled_dot_product_attention(q_registers, k, v, attn_mask=mask)
-            if q_trunk.shape[2] == 0:       # in the last layer nobody needs the trunk's output
-                return mixed
-            return torch.cat([attend_to_past(q_trunk, k[:, :, :T + 1], v[:, :, :T + 1]), mixed], dim=2)
+            """The trunk causally, if it is asked for; the registers part by part, to the trunk and to their own group."""
+            q_trunk, q_registers = q[:, :, :-S * K], q[:, :, -S * K:]
+            (k_trunk, k_registers), (v_trunk, v_registers) = k.split([T + 1, S * K], dim=2), v.split([T + 1, S * K], dim=2)
+            mixed = [attend_to_past(q_trunk, k_trunk, v_trunk)] if q_trunk.shape[2] else []
+            for which, end, mask in parts:
+                keys = torch.cat([k_trunk[:, :, :end], k_registers[:, :, which]], dim=2)
+                values = torch.cat([v_trunk[:, :, :end], v_registers[:, :, which]], dim=2)
+                mixed.append(F.scaled_dot_product_attention(q_registers[:, :, which], keys, values, attn_mask=mask))
+            return torch.cat(mixed, dim=2)
 
         positions = torch.cat([at, last + 1 + torch.arange(K, device=x.device).repeat(S)])
         return self.transformer(h, attend, slice(T + 1, None), positions).view(B, S, K, d)

@@ -90,7 +90,7 @@ class RunConfig:
             raise UsageError("--lr must be above 0")
         if self.lr_decay not in ("constant", "cosine"):
             raise UsageError(f"--lr_decay is constant or cosine, not {self.lr_decay!r}")
-        if not 0 <= self.warmup <= 1 or self.weight_decay < 0 or self.grad_clip < 0:
+        if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0 or not self.grad_clip >= 0:
             raise UsageError("--warmup is a share from 0 to 1; --weight_decay and --grad_clip are not negative")
 
 
@@ -132,9 +132,9 @@ def parse(Config, argv=None, presets=None):
     for f in dataclasses.fields(Config):
         kind = next((t for t in typing.get_args(hints[f.name]) if t is not types.NoneType), hints[f.name])
         default = "unset" if f.default in (None, "") else f.default
-        text = f"{comments.get(f.name, '')} ({kind.__name__}, default {default})".replace("%", "%%")
+        text = f"{comments.get(f.name, '')} (default {default})".replace("%", "%%")
         optional = dict(nargs="?", const=True, type=parse_bool) if kind is bool else dict(type=kind)
-        parser.add_argument(f"--{f.name}", metavar="", default=None, help=text, **optional)
+        parser.add_argument(f"--{f.name}", metavar="true|false" if kind is bool else kind.__name__, default=None, help=text, **optional)
 
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -509,6 +509,7 @@ def load(path, map_location="cpu"):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
         raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"stage", "step", "data", "model", "model_config", "initial_memory"} <= checkpoint.keys():
+    if not (isinstance(checkpoint, dict) and {"stage", "step", "data", "model", "model_config", "initial_memory"} <= checkpoint.keys()
+            and isinstance(checkpoint["data"], dict) and {"name", "kind", "vocab_size"} <= checkpoint["data"].keys()):
         raise DataError(f"{path} is not a checkpoint of this project")
     return checkpoint

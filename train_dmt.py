@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import data as datasets
 import runtime
+import tasks
 from data import IGNORE
 from evaluate import evaluate
 from model import ModelConfig, chain_flops, forward_flops, parameter_counts, restore, roll_out
@@ -42,9 +43,14 @@ class Config(RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(batch_size=32, max_iters=200, lr=1e-3, eval_interval=50, log_interval=5),
-    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100),
+    "tiny": dict(batch_size=8, max_iters=450, lr=2e-3, label_stride=2, p_start=0.9, eval_interval=50),
+    "tiny/tinystories": dict(seq_len=256, p_start=0.5, max_iters=700),
+    "tiny/text": dict(seq_len=256, p_start=0.5),
+    "small": dict(batch_size=32, max_iters=1000, lr=1e-3, label_stride=2, eval_interval=100),
+    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
 }
+SYNTHETIC = dict(batch_size=64, max_iters=300, lr=3e-3, label_stride=1)
+PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +135,10 @@ def main():
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be a checkpoint of train_smt.py or train_dmt.py")
+    T = config.seq_len or (data.longest_document if data.rows_are_documents else model_config.context_len)
+    H = min(config.horizon or T, T)
+    if config.persistent:
+        datasets.stream_rows(data, 0, config.batch_size, T, H)      # refuses what cannot go on, before anything is written
     networks.requires_grad_(False)
     trained = torch.nn.ModuleDict({name: networks[name].requires_grad_() for name in ("updater", "readout")})
     optimizer = runtime.adamw(trained, config)
@@ -136,8 +146,6 @@ def main():
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
 
-    T = config.seq_len or (data.longest_document if data.rows_are_documents else model_config.context_len)
-    H = min(config.horizon or T, T)
     flops, sequential_flops = step_flops(config, model_config, networks, data.vocab_size, T, H)
     memory = None
     if config.resume and config.persistent and "memory" in source:

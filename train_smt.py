@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import data as datasets
 import runtime
+import tasks
 from data import IGNORE
 from evaluate import evaluate
 from model import ModelConfig, build, model_fields, chain_flops, forward_flops, parameter_counts
@@ -50,12 +51,21 @@ class Config(ModelConfig, RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(encoder="causal", d_model=64, n_heads=2, memory_tokens=4, encoder_layers=2, decoder_layers=1, updater_layers=2,
-                 readout_layers=1, context_len=256, future_len=16, positions=32, batch_size=16, max_iters=1500, lr=2e-3),
+    "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=4, encoder_layers=3, decoder_layers=1, updater_layers=2,
+                 readout_layers=1, context_len=220, future_len=64, positions=32, decode_every=4, lambda_near=1.0, p_start=0.9,
+                 batch_size=4, max_iters=3300, lr=3e-3, eval_interval=300, log_interval=50),
+    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, decode_every=2, p_start=0.5, batch_size=8, max_iters=3700),
+    "tiny/text": dict(context_len=128, seq_len=256, future_len=16, decode_every=2, p_start=0.5, batch_size=8),
+    "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=2, updater_layers=4,
+                  readout_layers=2, context_len=256, future_len=64, positions=64, decode_every=4, lambda_near=1.0,
+                  batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
                   readout_layers=4, context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
-                  lr_decay="constant", eval_interval=5000, log_interval=100),
+                  lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
+SYNTHETIC = dict(memory_tokens=2, updater_layers=1, future_len=32, positions=4, decode_every=1, lambda_near=0.0,
+                 batch_size=64, max_iters=400, lr=2e-3, eval_interval=100)
+PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -183,17 +183,16 @@ def test_every_story_can_be_read_and_keeps_its_facts_to_the_end():
     for story in stories(500, seed=1):
         facts, sentences = fables.facts(story), re.split(r"(?<=\.) ", story)
         assert tuple(facts) == FACTS and fables.log_prob(story) < 0
-        assert 130 <= len(story) <= 255 and 4 <= len(sentences) <= 5
-        assert all(facts["hero"] in sentence for sentence in (sentences[0], *sentences[-2:]))
+        assert 130 <= len(story) <= 255 and len(sentences) == 4
+        assert all(facts["hero"] in sentences[i] for i in (0, 1, -1))
         assert all(facts[name] in " ".join(sentences[-2:]) for name in ("home", "thing", "friend"))
-        assert facts["animal"] != facts["pal"]
 
 
 @pytest.mark.parametrize("damage", [
     lambda s: "", lambda s: s[:-1], lambda s: s + " ", lambda s: s[:100], lambda s: s.lower(), lambda s: s + " " + s,
-    lambda s: s.replace(" named ", " called "), lambda s: "{story}",
+    lambda s: s.replace("little ", "tiny "), lambda s: "{story}",
     lambda s: s[:len(s) // 2] + s[len(s) // 2:].replace(fables.facts(s)["hero"], "Otto"),
-    lambda s: s.replace(fables.facts(s)["pal"], fables.facts(s)["animal"])])
+    lambda s: s.replace(fables.facts(s)["home"], "in a hut")])
 def test_text_that_the_grammar_cannot_make_has_no_probability(damage):
     story = damage(stories(1)[0])
     with pytest.raises(ValueError):
@@ -213,10 +212,10 @@ def test_hero_is_kept_in_every_story_and_lost_when_the_last_name_changes():
 
 
 def test_hero_kept_takes_any_text():
-    assert fables.hero_kept("A shy fix named Mila livd. Thn it fell. At lst Mila slept.")
-    for text in ["", ".", "named", "A fox named Mila.", "A fox named Mila. Then Mila", "A fox. Now Mila sat.",
-                 "A fox named Bob. Now Bob sat.", "A fox named Mila. Now Tom and Mila sat.",
-                 "A fox named Mila. Now Milan sat.", "\0\n\x7f. named Mila."]:
+    assert fables.hero_kept("A shy fix, little Mila, livd. Thn it fell. At lst Mila slept.")
+    for text in ["", ".", "little", "Once little Mila.", "Once little Mila. Then Mila", "A fox. Now Mila sat.",
+                 "Once little Bob. Now Bob sat.", "Once little Mila. Now Tom and Mila sat.",
+                 "Once little Mila. Now Milan sat.", "\0\n\x7f. little Mila."]:
         assert fables.hero_kept(text) is False, text
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import randomise
 
+import model
 import sample
 from model import Decoder, Encoder, ModelConfig, Readout, Updater, build, parameter_counts, restore, roll_out
 from runtime import DataError, UsageError
@@ -85,7 +86,9 @@ def reference_memory(encoder, x, t):
 
 
 @KINDS
-def test_encoder_equals_a_plain_reference_for_every_position_and_so_do_its_gradients(kind):
+@pytest.mark.parametrize("groups_per_call", [3, 16])
+def test_encoder_equals_a_plain_reference_for_every_position_and_so_do_its_gradients(kind, groups_per_call, monkeypatch):
+    monkeypatch.setattr(model, "GROUPS_PER_CALL", groups_per_call)                # of T + 1 = 8 groups
     encoder = randomise(Encoder(config(encoder=kind), V))
     x, t = tokens(2, T), torch.arange(-1, T)
     weight = torch.randn(2, T + 1, 3, 8, dtype=torch.float64)
@@ -176,8 +179,8 @@ def test_memory_is_the_same_whichever_other_positions_are_asked_for(kind):
     together = encoder(x, t)
     for i in t.tolist():
         torch.testing.assert_close(encoder(x, torch.tensor([i]))[:, 0], together[:, i + 1], rtol=0, atol=1e-12)
-    some = torch.tensor([6, -1, 3, 3, 0])
-    torch.testing.assert_close(encoder(x, some), together[:, some + 1], rtol=0, atol=1e-12)
+    for some in (torch.tensor([6, -1, 3, 3, 0]), torch.tensor([6, -1, 3, 3, 0] * 4)):         # the causal kind's in one call, in two
+        torch.testing.assert_close(encoder(x, some), together[:, some + 1], rtol=0, atol=1e-12)
 
 
 @KINDS

@@ -81,8 +81,8 @@ def test_help_lists_every_field_with_its_type_its_default_and_its_comment(script
         assert len(comment) > 5
         kind = "bool" if "bool" in str(field.type) else next(k for k in ("int", "float", "str") if k in str(field.type))
         default = "unset" if field.default in (None, "") else field.default
-        flag = f"--{field.name} []" if kind == "bool" else f"--{field.name}"
-        assert f"{flag} {' '.join(comment.split())} ({kind}, default {default})" in text, field.name
+        flag = f"--{field.name} [true|false]" if kind == "bool" else f"--{field.name} {kind}"
+        assert f"{flag} {' '.join(comment.split())} (default {default})" in text, field.name
 
 
 @SCRIPTS

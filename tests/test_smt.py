@@ -162,6 +162,7 @@ def test_each_loss_and_the_gradient_of_their_sum_equal_plain_loops(kind, some, o
     expected = reference_losses(networks, x, y, t, settings)
     loss, terms = smt_loss(networks, x, y, t, count_terms(x, y, t, TF, PAD, settings.decode_every), settings)
     assert terms.keys() == expected.keys() and loss is terms["train_loss"]
+    assert (terms["loss_near"] > 0) == (settings.lambda_near > 0)
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value, rtol=1e-7, atol=1e-9, msg=lambda m: f"{name}: {m}")
     ours, theirs = (torch.autograd.grad(value, list(networks.parameters())) for value in (loss, expected["train_loss"]))
@@ -224,11 +225,12 @@ def test_dynamics_loss_reaches_the_encoder_through_both_memories_and_through_non
 def test_each_loss_trains_the_networks_it_should(kind):
     x, y, t = batch(TASK)
     for detach in (False, True):
-        settings = config(encoder=kind, detach=detach)
+        settings = config(encoder=kind, detach=detach, lambda_near=0.4)
         networks = networks_for(settings)
         reached = {term: moved(loss_and_gradients(networks, x, y, t, settings, term)[1])
-                   for term in ("loss_dec", "loss_dyn", "loss_unif", "loss_read")}
-        assert reached == {"loss_dec": {"encoder", "decoder"}, "loss_dyn": {"updater"} if detach else {"updater", "encoder"},
+                   for term in ("loss_dec", "loss_near", "loss_dyn", "loss_unif", "loss_read")}
+        assert reached == {"loss_dec": {"encoder", "decoder"}, "loss_near": {"encoder", "decoder"},
+                           "loss_dyn": {"updater"} if detach else {"updater", "encoder"},
                            "loss_unif": {"encoder"}, "loss_read": {"readout"}}
     _, gradients = loss_and_gradients(networks, x, y, t, settings)
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
@@ -275,7 +277,7 @@ def test_uniformity_looks_at_a_bounded_number_of_tokens(monkeypatch):
 @KINDS
 @pytest.mark.parametrize("some", [STORIES, TASK], ids=["stream", "synthetic"])
 def test_losses_and_gradients_are_sums_over_micro_batches(kind, some):
-    settings = config(encoder=kind, batch_size=32, lambda_unif=1.0)
+    settings = config(encoder=kind, batch_size=32, lambda_unif=1.0, lambda_near=0.4)
     networks = networks_for(settings)
     x, y, t = batch(some, 32)
     counts = count_terms(x, y, t, TF, PAD)
@@ -294,14 +296,15 @@ def test_losses_and_gradients_are_sums_over_micro_batches(kind, some):
 
 @KINDS
 def test_loss_is_finite_where_nothing_is_asked(kind):
-    settings = config(encoder=kind)
+    settings = config(encoder=kind, lambda_near=0.4)
     networks = networks_for(settings)
     x, y, t = batch()
     for rows in (x, torch.full_like(x, PAD)):
         counts = count_terms(rows, torch.full_like(y, IGNORE), t, TF, PAD)
         loss, terms = smt_loss(networks, rows, torch.full_like(y, IGNORE), t, counts, settings)
         loss.backward()
-        assert terms["loss_dec"] == terms["loss_read"] == 0 and all(bool(value.isfinite()) for value in terms.values())
+        assert terms["loss_dec"] == terms["loss_near"] == terms["loss_read"] == 0
+        assert all(bool(value.isfinite()) for value in terms.values())
         assert all(p.grad.isfinite().all() for p in networks.parameters() if p.grad is not None)
 
 
