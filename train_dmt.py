@@ -43,7 +43,7 @@ class Config(RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(batch_size=8, max_iters=450, lr=2e-3, label_stride=2, p_start=0.9, eval_interval=50),
+    "tiny": dict(batch_size=8, max_iters=430, lr=2e-3, label_stride=2, p_start=0.9, eval_interval=86),
     "tiny/tinystories": dict(seq_len=256, p_start=0.5, max_iters=520),
     "tiny/text": dict(seq_len=256, p_start=0.5),
     "small": dict(batch_size=32, max_iters=1000, lr=1e-3, label_stride=2, eval_interval=100),

@@ -53,8 +53,8 @@ class Config(ModelConfig, RunConfig):
 PRESETS = {
     "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=4, encoder_layers=3, decoder_layers=1, updater_layers=2,
                  readout_layers=1, context_len=220, future_len=64, positions=32, decode_every=4, lambda_near=1.0, p_start=0.9,
-                 batch_size=4, max_iters=3300, lr=3e-3, eval_interval=300, log_interval=50),
-    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, decode_every=2, p_start=0.5, batch_size=8, max_iters=3700),
+                 batch_size=4, max_iters=3700, lr=3e-3, eval_interval=740, log_interval=50),
+    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, decode_every=2, p_start=0.5, batch_size=8),
     "tiny/text": dict(context_len=128, seq_len=256, future_len=16, decode_every=2, p_start=0.5, batch_size=8),
     "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=2, updater_layers=4,
                   readout_layers=2, context_len=256, future_len=64, positions=64, decode_every=4, lambda_near=1.0,
