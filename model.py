@@ -97,10 +97,12 @@ class Block(nn.Module):
 
 
 def attend_to_all(q, k, v):
+    """Bidirectional attention. (B, h, n, d / h) each -> the same."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def attend_to_past(q, k, v):
+    """Causal attention: each token to itself and to those before. (B, h, n, d / h) each -> the same."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 

@@ -80,6 +80,7 @@ def generate(networks, memory, temperature, top_k, generators):
 
 
 def seeded(seed, count):
+    """`count` random generators, the i-th seeded with seed + i."""
     return [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(count)]
 
 

@@ -21,7 +21,7 @@ import runtime
 import tasks
 from data import IGNORE
 from evaluate import evaluate
-from model import ModelConfig, chain_flops, forward_flops, parameter_counts, restore, roll_out
+from model import chain_flops, forward_flops, parameter_counts, restore, roll_out
 from runtime import RunConfig, UsageError
 
 
