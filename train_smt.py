@@ -18,7 +18,7 @@ import runtime
 import tasks
 from data import IGNORE
 from evaluate import evaluate
-from model import ModelConfig, build, model_fields, chain_flops, forward_flops, parameter_counts
+from model import ModelConfig, build, chain_flops, forward_flops, model_fields, parameter_counts
 from runtime import RunConfig, UsageError
 
 UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together: the loss is the same for any number of processes
@@ -140,8 +140,8 @@ def smt_loss(networks, x, y, t, counts, config):
     error = networks["updater"](start.flatten(0, 1), x_t.flatten()).view_as(goal) - goal
     loss_dyn = (error.square().mean((-2, -1)) * (x_t != pad)).sum() / transitions
 
-    some = after[:, ::-(-after[:, :, :, 0].numel() // len(x) * UNIFORMITY_ROWS // UNIFORMITY_TOKENS)]
-    groups = some.split(min(UNIFORMITY_ROWS, config.batch_size))
+    stride = math.ceil(UNIFORMITY_ROWS * after.shape[1] * after.shape[2] / UNIFORMITY_TOKENS)
+    groups = after[:, ::stride].split(min(UNIFORMITY_ROWS, config.batch_size))
     loss_unif = sum(uniformity(group.flatten(0, 2)) * len(group) for group in groups) / config.batch_size
 
     loss_read = cross_entropy(networks["readout"](after.detach().flatten(0, 1)), y[:, t].flatten()) / readouts
