@@ -1,7 +1,7 @@
 """DAgger Memory Training: let the RNN run on its own memories and pull it back to the encoder's.
 
     python train_dmt.py                                        # from runs/fables-smt
-    python train_dmt.py --dataset=tinystories --horizon=256 --persistent
+    python train_dmt.py --dataset=tinystories --horizon=128 --persistent    # streams that go on from step to step
     torchrun --nproc_per_node=8 train_dmt.py --dataset=mnist   # the paper's settings on 8 GPUs
 
 Starts from an SMT checkpoint (--init_from, else runs/<dataset>-smt) and writes runs/<dataset>-dmt. Encoder and decoder are
@@ -27,6 +27,7 @@ from runtime import RunConfig, UsageError
 
 @dataclass(frozen=True)
 class Config(RunConfig):
+    """What train_dmt.py can be told, beside what all train scripts can."""
     horizon: int = 0                # tokens of a roll-out; 0: the whole row
     label_stride: int = 1           # steps between two labels of the encoder
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text the encoder's context_len

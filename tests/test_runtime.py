@@ -1,7 +1,10 @@
 """Command line, checkpoints, resuming, processes: what a user does to every script, and what it must answer."""
+import importlib
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -478,3 +481,18 @@ def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_di
             for key, value in one.items():
                 if key.startswith((".model.", ".memory", ".initial_memory")) and value.is_floating_point():
                     torch.testing.assert_close(other[key], value, rtol=0, atol=1e-5, msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"{name}.py" for name in
+                                  ("data", "train_smt", "train_dmt", "train_bptt", "sample", "evaluate"))])
+def test_every_documented_command_is_one_that_its_script_takes(path):
+    text = (ROOT / path).read_text()
+    text = text if path == "README.md" else text.split('"""')[1]
+    commands = re.findall(r"(?:python|torchrun --nproc_per_node=\d+) (\w+)\.py([^\n`#&]*)", text)
+    assert commands
+    for name, arguments in commands:
+        script = importlib.import_module(name)
+        config = runtime.parse(script.Config, shlex.split(arguments), getattr(script, "PRESETS", None))
+        if getattr(config, "persistent", False):    # a row holds the past of a stream, too
+            smt = runtime.parse(train_smt.Config, [f"--dataset={config.dataset}"], train_smt.PRESETS)
+            assert 0 < config.horizon < (config.seq_len or smt.context_len), arguments
