@@ -43,6 +43,7 @@ SCAN = 1 << 24       # tokens looked at together when a whole bin is scanned
 
 @dataclass(frozen=True)
 class Config:
+    """What data.py can be told."""
     dataset: str = "fables"  # fables, retrieval, copy, stack, keyvalue, modular, tinystories, mnist, sketchy or text
     data_dir: str = "data"          # folder that holds the prepared data sets
     source: str = ""                # file or folder with the original files, plain or .gz; empty: download them

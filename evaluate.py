@@ -21,6 +21,7 @@ from sample import complete_stories, find_checkpoint
 
 @dataclass(frozen=True)
 class Config:
+    """What evaluate.py can be told."""
     dataset: str = "fables"     # data set whose most finished run in runs/ is taken
     ckpt: str = ""              # checkpoint (file or folder of a run) to take instead
     data_dir: str = "data"      # folder of the prepared data sets

@@ -4,9 +4,10 @@ Nothing in here knows what a memory is. A train script uses it in this order:
 
     config = runtime.parse(Config, presets=PRESETS)     the command line, from a frozen dataclass
     run = runtime.start(config, "smt")                  device, precision, processes, signals, output folder
-    ...
-    run.log(step=..., train_loss=...)                   one JSON object a line in metrics.jsonl
-    runtime.save(run.checkpoint_path, ...)              atomically
+    module = runtime.distribute(networks, loss, run)    one module that returns the loss: DDP, torch.compile
+    first_step = runtime.begin(run, config, ...)        --resume or --init_from, then the run's folder
+    run.count(losses), run.log_training(step, ...)      one JSON object a line in metrics.jsonl
+    runtime.save(run, "smt", step, ...)                 the checkpoint, atomically
 """
 import argparse
 import dataclasses

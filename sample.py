@@ -25,6 +25,7 @@ from runtime import UsageError
 
 @dataclass(frozen=True)
 class Config:
+    """What sample.py can be told."""
     dataset: str = "fables"     # data set whose most finished run in runs/ is taken
     ckpt: str = ""              # checkpoint (file or folder of a run) to take instead
     data_dir: str = "data"      # folder of the prepared data sets; needed for held-out questions and pictures only

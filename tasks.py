@@ -163,11 +163,13 @@ def to_text(name, tokens, meta):
 # ---- what the tasks share
 
 def check(condition, message):
+    """UsageError with this message unless the condition holds."""
     if not condition:
         raise UsageError(message)
 
 
 def check_symbols(symbols, markers=1):
+    """UsageError unless so many symbols, and a task's markers, fit into a byte beside NOTHING."""
     check(2 <= symbols <= NOTHING - markers, f"a task has 2 to {NOTHING - markers} symbols, not {symbols}")
 
 

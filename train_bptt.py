@@ -23,6 +23,7 @@ from runtime import RunConfig, UsageError
 
 @dataclass(frozen=True)
 class Config(ModelConfig, RunConfig):
+    """What train_bptt.py can be told, beside what all train scripts can."""
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
     truncate: int = 0               # tokens after which the gradient through time is cut; 0: never
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)

@@ -27,7 +27,8 @@ UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
 
 @dataclass(frozen=True)
 class Config(ModelConfig, RunConfig):
-    seq_len: int = 0                # tokens T of a training row; 0: the longest document, at most context_len for text
+    """What train_smt.py can be told, beside what all train scripts can."""
+    seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
     positions: int = 1              # positions S of each row at which a pair of memories is trained
     run_length: int = 1             # the positions come in runs of this many consecutive ones, which share memories: r pairs need r + 1
     decode_every: int = 1           # the long futures are decoded at every n-th of these positions
