@@ -123,6 +123,8 @@ def main():
     checkpoint = runtime.load(path, device)
     _, networks, initial_memory = restore(checkpoint, device)
     meta = checkpoint["data"]
+    if config.ngrams and meta["kind"] != "text":
+        raise UsageError(f"--ngrams is for text, {meta['name']} is not")
     data = datasets.load(meta["name"], config.data_dir)
     runtime.check_data(checkpoint, data)
     x, y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
@@ -130,8 +132,6 @@ def main():
     print(f"{path}: {meta['name']}, {checkpoint['stage']} after {checkpoint['step']:,} steps, {int((y != IGNORE).sum()):,} held-out targets")
     for name, value in evaluate(networks, initial_memory, x.to(device), y.to(device), meta).items():
         print(f"{name:24}{value:8.4f}")
-    if config.ngrams and meta["kind"] != "text":
-        raise UsageError(f"--ngrams is for text, {meta['name']} is not")
     for n, loss in enumerate(ngram_losses(data, x, y, config.ngrams), 1):
         print(f"{f'{n}-gram loss':24}{loss:8.4f}")
     if meta["name"] == "fables":

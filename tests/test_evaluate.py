@@ -1,10 +1,13 @@
 """The held-out numbers against a reference written one document and one position at a time."""
+import math
+
 import pytest
 import torch
-from conftest import randomise
+from conftest import call, randomise
 
-from data import IGNORE
-from evaluate import evaluate
+import evaluate as evaluation
+from data import IGNORE, Data, Split
+from evaluate import evaluate, ngram_losses
 from model import ModelConfig, build
 
 V, PAD = 5, 5
@@ -121,3 +124,37 @@ def test_numbers_are_finite_where_nothing_is_asked_or_all_memories_are_the_same(
     assert numbers == {"val_rnn_loss": 0.0, "val_rnn_accuracy": 0.0}
     numbers = evaluate(networks, empty, x[:1], y[:1], {})                         # one document: no variance
     assert all(value == value for value in numbers.values())
+
+
+def test_ngram_losses_equal_plain_counting():
+    torch.manual_seed(3)
+    train = torch.randint(4, (60,), dtype=torch.uint8)                  # token 4 is never seen
+    split = Split(train, None, torch.tensor([0]))
+    x, y = documents()
+    words = train.tolist()
+
+    def probability(context, word):
+        """Witten and Bell: the counts after this context, then those after the context without its first token."""
+        lower = probability(context[1:], word) if context else 1 / V
+        n = len(context)
+        after = [words[i] for i in range(n, len(words)) if tuple(words[i - n:i]) == context]
+        return (after.count(word) + len(set(after)) * lower) / (len(after) + len(set(after))) if after else lower
+
+    expected = []
+    for order in range(1, 5):
+        losses = []
+        for row, targets in zip(x.tolist(), y.tolist()):
+            for place, target in enumerate(targets):
+                if target != IGNORE:
+                    context = tuple(([PAD] * order + row[:place + 1])[-(order - 1):]) if order > 1 else ()
+                    losses.append(-math.log(probability(context, target)))
+        expected.append(sum(losses) / len(losses))
+    assert ngram_losses(Data({"vocab_size": V}, split, split), x, y, 4) == pytest.approx(expected, rel=1e-9)
+
+
+def test_command_line_prints_the_numbers_the_ngrams_and_how_often_the_hero_is_kept(data_dir, smt_run):
+    flags = [f"--ckpt={smt_run('fables')}", f"--data_dir={data_dir}", "--eval_docs=4", "--num_samples=3", "--device=cpu"]
+    result = call(evaluation, *flags, "--ngrams=2")
+    assert result.status == 0
+    for words in ("val_rnn_loss", "val_teacher_loss", "val_gap_to_floor", "1-gram loss", "2-gram loss", "of 3 generated stories"):
+        assert words in result.out
