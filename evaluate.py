@@ -48,18 +48,21 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64):
     """The numbers that all stages report, on held-out documents x, y (N, L), read from m_empty.
 
     val_rnn_loss, val_rnn_accuracy: Updater and Readout alone, rolled out from m_empty; nats per target, share of right ones.
+    Of the Transformer baseline, which has no Updater, the same under the same names.
     val_teacher_loss: Encoder, then the Decoder's first position. val_drift: the squared error of the rolled-out memory over
-    the variance of the encoder's (0: the same; 1: no better than the mean memory). Both need an encoder (BPTT has none)
-    and are measured at up to most_positions places, spread over those that have targets.
+    the variance of the encoder's (0: the same; 1: no better than the mean memory). Both need an encoder (BPTT and the
+    Transformer have none) and are measured at up to most_positions places, spread over those that have targets.
     """
     n, length = x.shape
     asked = y != IGNORE
     memories, logits = [], []
     for part in x.split(rows):
-        memory = roll_out(networks["updater"], initial_memory.expand(len(part), -1, -1), part)
-        memories.append(memory)
-        logits.append(networks["readout"](memory.flatten(0, 1)).float().view(len(part), length, -1))
-    memories, logits = torch.cat(memories), torch.cat(logits)
+        if "updater" in networks:
+            memories.append(roll_out(networks["updater"], initial_memory.expand(len(part), -1, -1), part))
+            logits.append(networks["readout"](memories[-1].flatten(0, 1)).float().view(len(part), length, -1))
+        else:
+            logits.append(networks["decoder"].read(part)[0].float())
+    logits = torch.cat(logits)
     targets = y.clamp(min=0)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(n, length)
     numbers = {"val_rnn_loss": masked_mean(loss, asked),
@@ -78,7 +81,7 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64):
     real = (x[:, t] != networks["encoder"].pad)[:, :, None, None]                                    # a document may have ended
     count = real.sum(0).clamp(min=1)
     variance = (labels - (labels * real).sum(0) / count).square()
-    error = (memories[:, t] - labels).square()
+    error = (torch.cat(memories)[:, t] - labels).square()
     return numbers | {"val_teacher_loss": masked_mean(loss, asked[:, t]),
                       "val_drift": float((error * real).sum() / (variance * real).sum().clamp(min=1e-12))}
 

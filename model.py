@@ -106,6 +106,18 @@ def attend_to_past(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def attend_to_last(q, k, v, context_len):
+    """Causal attention, each token to itself and to the context_len - 1 before it. k, v (B, h, m, d / h) -> as q (B, h, n, d / h).
+
+    The queries are those of the last n of the m tokens.
+    """
+    n, m = q.shape[2], k.shape[2]
+    if n == m <= context_len:
+        return attend_to_past(q, k, v)      # a mask would rule out the fastest kernels
+    age = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(age >= 0) & (age < context_len))
+
+
 class Transformer(nn.Module):
     """A stack of blocks. (B, n, d) -> (B, kept, d), n <= length: the outputs of the tokens that are asked for."""
 
@@ -199,11 +211,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. memory (B, K, d), x (B, Tf-1) -> logits (B, Tf, V).
 
-    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}.
+    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}. Without a memory it is the causal
+    Transformer that train_transformer.py trains: `read`.
     """
 
     def __init__(self, config, vocab_size):
         super().__init__()
+        self.context_len = config.context_len
         self.embed = nn.Embedding(vocab_size + 1, config.d_model)
         self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens + config.future_len - 1)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
@@ -211,6 +225,24 @@ class Decoder(nn.Module):
     def forward(self, memory, x):
         h = self.transformer(torch.cat([memory, self.embed(x)], dim=1), attend_to_past)
         return self.head(self.norm(h[:, memory.shape[1] - 1:]))
+
+    def read(self, x, past=(0, ())):
+        """Without a memory: x (B, n) -> logits (B, n, V), which predict y at the same places, and the `past` to go on from.
+
+        A token attends to itself and to the context_len - 1 before it. past: how many tokens came before x and, for each layer,
+        the keys and values (B, h, m, d / h) of the last m <= context_len of them. However a text is divided, its logits are the same.
+        """
+        begin, cached = past
+        end, kept = begin + x.shape[1], []
+
+        def attend(q, k, v):
+            if cached:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(cached[len(kept)], (k, v)))     # of this layer
+            kept.append((k[:, :, -self.context_len:], v[:, :, -self.context_len:]))
+            return attend_to_last(q, k, v, self.context_len)
+
+        h = self.transformer(self.embed(x), attend, positions=torch.arange(begin, end, device=x.device))
+        return self.head(self.norm(h)), (end, kept)
 
 
 class Updater(nn.Module):
@@ -283,13 +315,17 @@ def build(config, vocab_size, names=tuple(NETWORKS)):
 
 
 def restore(checkpoint, device="cpu"):
-    """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d). DataError if it does not fit."""
+    """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d), (0, d) for a Transformer.
+
+    DataError if it does not fit.
+    """
     try:
         config = ModelConfig(**checkpoint["model_config"])
         names = [name for name in NETWORKS if any(key.startswith(name + ".") for key in checkpoint["model"])]
         networks = build(config, checkpoint["data"]["vocab_size"], names)
         networks.load_state_dict({key: w for key, w in checkpoint["model"].items() if key.split(".")[0] in names})
-        initial_memory = checkpoint["initial_memory"].view(config.memory_tokens, config.d_model)
+        K = config.memory_tokens if "updater" in names else 0     # a Transformer alone has no memory
+        initial_memory = checkpoint["initial_memory"].view(K, config.d_model)
     except (RuntimeError, TypeError, KeyError, AttributeError, UsageError) as error:
         raise DataError(f"the checkpoint does not fit this architecture: {error}") from None
     return config, networks.to(device), initial_memory.to(device)

@@ -1,6 +1,6 @@
 """Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to the questions of a synthetic task.
 
-    python sample.py                                             # fables, the most finished run: dmt, else smt, else bptt
+    python sample.py                                             # fables, the most finished run: dmt, else smt, bptt, transformer
     python sample.py --dataset=tinystories --prompt="Once upon a time" --num_samples=3 --temperature=0.7
     python sample.py --dataset=mnist --num_samples=64            # a grid of pictures
     python sample.py --dataset=mnist --prompt=digit.png --keep=0.5    # complete the upper half of a picture
@@ -8,6 +8,7 @@
     python sample.py --dataset=retrieval                         # question, answer, truth
 
 Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many came before.
+The Transformer baseline is used in the same way: what it carries from token to token are the keys and values of the last context_len.
 """
 import sys
 from dataclasses import dataclass
@@ -63,21 +64,35 @@ def choose(logits, temperature, top_k, generators):
     return torch.cat(drawn).to(device)
 
 
+def begin(networks, initial_memory, count):
+    """What `count` rows carry along before anything was read: m_empty (count, K, d); a Transformer: its last logits and its past."""
+    return initial_memory.expand(count, -1, -1) if "updater" in networks else (None, (0, ()))
+
+
 @torch.inference_mode()
 def read(networks, memory, tokens):
-    """Read tokens (B, n) one by one from memory (B, K, d); returns the memory after them."""
+    """Read tokens (B, n) one by one from memory (B, K, d), or from what a Transformer carries along; returns the memory after them."""
     for token in tokens.unbind(1):
-        memory = networks["updater"](memory, token)
+        if "updater" in networks:
+            memory = networks["updater"](memory, token)
+        else:
+            memory = networks["decoder"].read(token[:, None], past=memory[1])
     return memory
 
 
 @torch.inference_mode()
+def predict(networks, memory):
+    """The logits (B, V) of what comes next, from the memory after all that was read."""
+    return networks["readout"](memory) if "updater" in networks else memory[0][:, -1]
+
+
+@torch.inference_mode()
 def generate(networks, memory, temperature, top_k, generators):
-    """Endlessly: predict a token from memory (B, K, d), draw it, yield it (B,), read it."""
+    """Endlessly: predict a token from the memory, draw it, yield it (B,), read it."""
     while True:
-        token = choose(networks["readout"](memory), temperature, top_k, generators)
+        token = choose(predict(networks, memory), temperature, top_k, generators)
         yield token
-        memory = networks["updater"](memory, token)
+        memory = read(networks, memory, token[:, None])
 
 
 def seeded(seed, count):
@@ -87,7 +102,7 @@ def seeded(seed, count):
 
 def complete(networks, initial_memory, given, length, config):
     """Rows of `length` tokens that begin with given (B, n), n >= 1."""
-    memory = read(networks, initial_memory.expand(len(given), -1, -1), given)
+    memory = read(networks, begin(networks, initial_memory, len(given)), given)
     tokens = generate(networks, memory, config.temperature, config.top_k, seeded(config.seed, len(given)))
     return torch.cat([given] + [next(tokens)[:, None] for _ in range(length - given.shape[1])], dim=1)
 
@@ -101,7 +116,7 @@ def tell(networks, initial_memory, meta, config):
     device = initial_memory.device
     prompt = datasets.encode(config.prompt, meta)
     for i in range(config.num_samples or 1):
-        memory = read(networks, initial_memory[None], torch.tensor([[separator, *prompt]], device=device))
+        memory = read(networks, begin(networks, initial_memory, 1), torch.tensor([[separator, *prompt]], device=device))
         write(bytes(prompt))
         for count, token in enumerate(generate(networks, memory, config.temperature, config.top_k, seeded(config.seed + i, 1)), 1):
             if separator == 0 and token == 0:
@@ -115,7 +130,7 @@ def tell(networks, initial_memory, meta, config):
 def complete_stories(networks, initial_memory, count, temperature, seed, longest=1000):
     """Stories from the data sets whose separator is 0, `count` at once, without their separators: a list of str."""
     start = torch.zeros(count, 1, dtype=torch.long, device=initial_memory.device)
-    memory = read(networks, initial_memory.expand(count, -1, -1), start)
+    memory = read(networks, begin(networks, initial_memory, count), start)
     rows, ended = [], torch.zeros(count, dtype=torch.bool)
     for token in generate(networks, memory, temperature, 0, seeded(seed, count)):
         rows.append(token.cpu())
@@ -171,15 +186,15 @@ def save_grid(pictures, columns, path):
 
 
 def answer(networks, initial_memory, meta, config):
-    """Ask held-out questions: a line for the document, one for the RNN's answers where something is asked, one for the truth."""
+    """Ask held-out questions: a line for the document, one for the answers where something is asked, one for the truth."""
     data = datasets.load(meta["name"], config.data_dir)
     runtime.check_data({"data": meta}, data)
     x, y = datasets.held_out(data, config.num_samples or 10, meta["longest_document"], config.seed)
-    memory, answers = initial_memory.expand(len(x), -1, -1), []
+    memory, answers = begin(networks, initial_memory, len(x)), []
     generators = seeded(config.seed, len(x))
-    for token in x.to(memory.device).unbind(1):
+    for token in x.to(initial_memory.device).unbind(1):
         memory = read(networks, memory, token[:, None])
-        answers.append(choose(networks["readout"](memory), config.temperature, config.top_k, generators).cpu())
+        answers.append(choose(predict(networks, memory), config.temperature, config.top_k, generators).cpu())
     answers = torch.stack(answers, dim=1)
     asked, right = y != IGNORE, (answers == y) & (y != IGNORE)
     for i in range(len(x)):
@@ -193,7 +208,7 @@ def answer(networks, initial_memory, meta, config):
 
 def find_checkpoint(ckpt, dataset):
     """The given checkpoint, or the one of the data set's most finished run."""
-    runs = [Path(f"runs/{dataset}-{stage}") for stage in ("dmt", "smt", "bptt")]
+    runs = [Path(f"runs/{dataset}-{stage}") for stage in ("dmt", "smt", "bptt", "transformer")]
     return Path(ckpt or next((run for run in runs if (run / "ckpt.pt").exists()), runs[0]))
 
 

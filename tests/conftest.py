@@ -18,6 +18,7 @@ import runtime  # noqa: E402
 
 SIZES = ["--encoder=window", "--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--encoder_layers=1",
          "--decoder_layers=1", "--updater_layers=1", "--readout_layers=1", "--context_len=8", "--future_len=3"]
+TRANSFORMER_SIZES = ["--d_model=8", "--n_heads=2", "--decoder_layers=1", "--context_len=8"]
 PAIRS = ["--seq_len=8", "--positions=2", "--run_length=1", "--decode_every=1"]
 QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4", "--log_interval=1", "--eval_interval=100",
          "--eval_docs=4", "--eval_len=16", "--lr_decay=constant", "--lr=0.01"]

@@ -110,12 +110,13 @@ def test_a_story_ends_where_the_model_ends_it(ask, monkeypatch):
 def test_the_most_finished_run_is_found(tmp_path, monkeypatch, data_dir, smt_run):
     monkeypatch.chdir(tmp_path)
     refused(call(sample), 1, "there is no checkpoint runs/fables-dmt")
-    (tmp_path / "runs" / "fables-bptt").mkdir(parents=True)
-    (tmp_path / "runs" / "fables-bptt" / "ckpt.pt").write_bytes((smt_run("fables") / "ckpt.pt").read_bytes())
+    (tmp_path / "runs" / "fables-transformer").mkdir(parents=True)
+    (tmp_path / "runs" / "fables-transformer" / "ckpt.pt").write_bytes((smt_run("fables") / "ckpt.pt").read_bytes())
     assert len(trained(sample, "--max_new_tokens=5").out) > 1
-    (tmp_path / "runs" / "fables-smt").mkdir()
-    (tmp_path / "runs" / "fables-smt" / "ckpt.pt").write_text("broken: it is this one that is read")
-    refused(call(sample), 1, "fables-smt")
+    for stage in ("bptt", "smt", "dmt"):
+        (tmp_path / "runs" / f"fables-{stage}").mkdir()
+        (tmp_path / "runs" / f"fables-{stage}" / "ckpt.pt").write_text("broken: it is this one that is read")
+        refused(call(sample), 1, f"fables-{stage}")
 
 
 def test_a_run_without_encoder_can_speak(tmp_path, data_dir):
