@@ -157,7 +157,7 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
 
     A row begins at a document's start with probability p_start, else anywhere in the stream; rows of pictures and of
     synthetic tasks are always whole documents. Returns x, y (batch_size / world_size, seq_len) int64 on the device
-    of the tokens, and the positions t (n_positions,) int64 of the step: on the CPU, sorted, distinct if they can be.
+    of the tokens, and the positions t (n_positions,) int64 of the step: on the CPU, in random order, distinct if they can be.
     """
     if batch_size % world_size:
         raise UsageError(f"--batch_size={batch_size} must be a multiple of the number of processes, {world_size}")
@@ -173,7 +173,7 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
     begin = torch.where(torch.from_numpy(at_start), some_start, anywhere)
     mine = begin.chunk(world_size)[rank]
     x, y = document_rows(data.train, data.meta, mine, seq_len, cut=data.rows_are_documents)
-    return x, y, torch.from_numpy(np.sort(t))
+    return x, y, torch.from_numpy(t)
 
 
 def stream_rows(data, step, batch_size, seq_len, length, rank=0, world_size=1):

@@ -71,9 +71,9 @@ GRAMMAR = {
     "spot": {"in the river": 5, "down a well": 4, "into a hole": 4, "over a wall": 3, "under a rock": 3,
              "in the mud": 2},
 
-    "rescue": {"Soon old {friend} the {pal} {fetch}.": 5,
-               "Then old {friend} the {pal} came and {fetch}.": 4,
-               "A {pal}, old {friend}, {fetch} for little {hero}.": 2},
+    "rescue": {"Soon old {friend} the {pal} {fetch} for {hero}.": 5,
+               "Then old {friend} the {pal} {fetch} for {hero}.": 4,
+               "A {pal}, old {friend}, {fetch} for {hero}.": 2},
     "friend": {"Otto": 5, "Pip": 5, "Gus": 4, "Dora": 4, "Walt": 3, "Una": 3, "Vera": 2, "Kira": 2},
     "pal": Given("animal", {mine: {other: weight for other, weight in ANIMALS.items() if other != mine}
                             for mine in ANIMALS}),

@@ -34,17 +34,21 @@ class ModelConfig:
     n_heads: int = 4                # attention heads
     memory_tokens: int = 4          # memory tokens K
     encoder_layers: int = 2         # layers of the encoder
+    register_layers: int = 1        # causal encoder: the last layers, in which the registers take part
     decoder_layers: int = 1         # layers of the decoder
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
     readout_layers: int = 1         # layers of the readout
+    conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
     context_len: int = 256          # tokens of past that the encoder reads (Tc)
     future_len: int = 16            # targets that the decoder predicts (Tf)
 
     def __post_init__(self):
         for name in ("d_model n_heads memory_tokens encoder_layers decoder_layers updater_layers readout_layers "
-                     "context_len future_len").split():
+                     "register_layers conv_width context_len future_len").split():
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1")
+        if self.register_layers > self.encoder_layers:
+            raise UsageError(f"--register_layers={self.register_layers} is more than --encoder_layers={self.encoder_layers}")
         if self.d_model % (2 * self.n_heads):
             raise UsageError(f"--d_model={self.d_model} must be a multiple of 2 x n_heads = {2 * self.n_heads}")
         for name, kinds in (("encoder", ("window", "causal")), ("updater", ("transformer", "mlp", "gru"))):
@@ -74,6 +78,23 @@ def rotate(q, turns):
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(q)
 
 
+class Stem(nn.Module):
+    """Token embeddings, each plus a causal convolution over the last `width` of them: what a token follows is known before the
+    first attention, which then finds a name by the words in front of it. x (B, n) -> (B, n, d)"""
+
+    def __init__(self, n_tokens, d, width):
+        super().__init__()
+        self.embed, self.width = nn.Embedding(n_tokens, d), width
+        self.mix = nn.Linear(width * d, d, bias=False) if width > 1 else None
+
+    def forward(self, x):
+        h = self.embed(x)
+        if self.mix is None:
+            return h
+        before = F.pad(h, (0, 0, self.width - 1, 0))                                 # each window in the order of its tokens:
+        return h + self.mix(torch.cat([before[:, i:i + h.shape[1]] for i in range(self.width)], dim=-1))
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block: h + attention(norm(h)), then h + mlp(norm(h)). (B, n, d) -> (B, n, d)"""
 
@@ -83,6 +104,7 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.RMSNorm(d), nn.RMSNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
+        nn.init.normal_(self.qkv.weight, std=d ** -0.5)      # attention logits of standard deviation 1: it can choose from the start
         for linear in (self.out, self.down):
             linear.weight.data.mul_(gain)
 
@@ -102,8 +124,8 @@ def attend_to_all(q, k, v):
 
 
 def attend_to_past(q, k, v):
-    """Causal attention: each token to itself and to those before. (B, h, n, d / h) each -> the same."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    """Causal attention: each token to itself and to those before. (B, h, n, d / h) each -> as q, of all tokens or the last alone."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
 
 def attend_to_last(q, k, v, context_len):
@@ -127,12 +149,12 @@ class Transformer(nn.Module):
         self.register_buffer("turns", rope(torch.arange(length), self.head_dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, gain) for _ in range(n_layers))
 
-    def forward(self, h, attend, kept=slice(None), positions=None):
-        """positions (n,) of the tokens default to 0..n-1. What only the other outputs need is not computed."""
+    def forward(self, h, attend, kept=slice(None), positions=None, layers=slice(None)):
+        """positions (n,) of the tokens default to 0..n-1; layers: those to use. What only the outputs not kept need is not computed."""
         turns = self.turns[:h.shape[1]] if positions is None else rope(positions, self.head_dim)
-        for block in self.blocks[:-1]:
-            h = block(h, turns, attend)
-        return self.blocks[-1](h, turns, attend, kept)
+        for i, block in enumerate(blocks := self.blocks[layers]):
+            h = block(h, turns, attend, kept if i + 1 == len(blocks) else slice(None))
+        return h
 
 
 def normalise(memory):
@@ -152,46 +174,56 @@ class Encoder(nn.Module):
     x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone.
     window: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each position:
         no mask, one shape for a short past and for a sliding window. m_empty = E([PAD] * Tc).
-    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], and for each position a group of K registers that attend, in every
-        layer, to the trunk's last Tc tokens up to t and to their own group. All S memories for T + 1 + S K tokens.
+    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], and for each position a group of K registers that attend, in the last
+        register_layers layers, to the trunk's last Tc tokens up to t and to their own group. All S memories from one pass.
     """
 
     def __init__(self, config, vocab_size):
         super().__init__()
         self.kind, self.pad, self.context_len = config.encoder, vocab_size, config.context_len
-        self.embed = nn.Embedding(vocab_size + 1, config.d_model)
+        self.trunk_layers = config.encoder_layers - config.register_layers
+        self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.registers = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
         self.transformer = Transformer(config, config.encoder_layers, config.context_len + config.memory_tokens)
 
-    def forward(self, x, t):
-        return normalise(self.window(x, t) if self.kind == "window" else self.causal(x, t))
+    def forward(self, x, t, trunk=None):
+        """trunk: that of x, if it is known already."""
+        if self.kind == "window":
+            return self.window(x, t)
+        return self.remember(self.trunk(x) if trunk is None else trunk, t)
 
     def window(self, x, t):
+        """The memories at t, each from a window of its own."""
         (B, _), S, (K, d) = x.shape, len(t), self.registers.shape
         padded = F.pad(x, (self.context_len, 0), value=self.pad)
         contexts = padded.unfold(1, self.context_len, 1)[:, t + 1].flatten(0, 1)      # (B S, Tc), the last one is x_t
         h = torch.cat([self.embed(contexts), self.registers.expand(B * S, K, d)], dim=1)
-        return self.transformer(h, attend_to_all, slice(-K, None)).view(B, S, K, d)
+        return normalise(self.transformer(h, attend_to_all, slice(-K, None))).view(B, S, K, d)
 
-    def causal(self, x, t):
-        (B, T), S, (K, d) = x.shape, len(t), self.registers.shape
-        trunk = self.embed(F.pad(x, (1, 0), value=self.pad))                          # (B, T+1, d): token i sits at i+1
-        h = torch.cat([trunk, self.registers.repeat(S, 1).expand(B, S * K, d)], dim=1)
+    def trunk(self, x):
+        """The causal trunk up to where the registers join it: x (B, T) -> (B, T+1, d), at place 0 nothing and at i+1 x_{<=i}."""
+        h = self.embed(F.pad(x, (1, 0), value=self.pad))
+        return self.transformer(h, attend_to_past, positions=torch.arange(h.shape[1], device=h.device), layers=slice(self.trunk_layers))
 
-        at = torch.arange(T + 1, device=x.device)
-        last = (t + 1).repeat_interleave(K)                                           # (S K,): the trunk place of x_t
-        sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)  # (S K, T+1)
-        group = torch.arange(S, device=x.device).repeat_interleave(K)
+    def remember(self, trunk, t):
+        """The memories at t, from the trunk (B, T+1, d)."""
+        order = t.argsort()
+        t = t[order]
+        (B, n, d), S, K, device = trunk.shape, len(t), len(self.registers), trunk.device
+        at, last = torch.arange(n, device=device), (t + 1).repeat_interleave(K).to(device)     # last: the trunk's place of x_t
+        sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)           # (S K, n)
+        own = torch.eye(min(S, GROUPS_PER_CALL), dtype=torch.bool, device=device).repeat_interleave(K, 0).repeat_interleave(K, 1)
         parts = []                              # the registers in parts, whose keys would be of no use to the others:
-        for own in group.split(GROUPS_PER_CALL * K):
-            which = slice(int(own[0]) * K, int(own[-1] + 1) * K)
-            end = int(last[which].max()) + 1                                          # no trunk place from here on is seen
-            parts.append((which, end, torch.cat([sees_trunk[which, :end], own[:, None] == own], dim=1)))
+        for i in range(0, S, GROUPS_PER_CALL):
+            which = slice(i * K, min(i + GROUPS_PER_CALL, S) * K)
+            end = int(t[i:i + GROUPS_PER_CALL].max()) + 2 if t.device.type == "cpu" else n     # no trunk place from here on is seen
+            size = which.stop - which.start
+            parts.append((which, end, torch.cat([sees_trunk[which, :end], own[:size, :size]], dim=1)))
 
         def attend(q, k, v):
             """The trunk causally, if it is asked for; the registers part by part, to the trunk and to their own group."""
-            q_trunk, q_registers = q[:, :, :-S * K], q[:, :, -S * K:]
-            (k_trunk, k_registers), (v_trunk, v_registers) = k.split([T + 1, S * K], dim=2), v.split([T + 1, S * K], dim=2)
+            (k_trunk, k_registers), (v_trunk, v_registers) = k.split([n, S * K], dim=2), v.split([n, S * K], dim=2)
+            q_trunk, q_registers = q.split([q.shape[2] - S * K, S * K], dim=2)
             mixed = [attend_to_past(q_trunk, k_trunk, v_trunk)] if q_trunk.shape[2] else []
             for which, end, mask in parts:
                 keys = torch.cat([k_trunk[:, :, :end], k_registers[:, :, which]], dim=2)
@@ -199,8 +231,10 @@ class Encoder(nn.Module):
                 mixed.append(F.scaled_dot_product_attention(q_registers[:, :, which], keys, values, attn_mask=mask))
             return torch.cat(mixed, dim=2)
 
-        positions = torch.cat([at, last + 1 + torch.arange(K, device=x.device).repeat(S)])
-        return self.transformer(h, attend, slice(T + 1, None), positions).view(B, S, K, d)
+        positions = torch.cat([at, last + 1 + torch.arange(K, device=device).repeat(S)])
+        h = torch.cat([trunk, self.registers.repeat(S, 1).expand(B, S * K, d)], dim=1)
+        h = self.transformer(h, attend, slice(n, None), positions, slice(self.trunk_layers, None))
+        return normalise(h).view(B, S, K, d)[:, order.argsort()]
 
     def initial_memory(self):
         """m_empty (K, d): the memory before anything was read."""
@@ -218,22 +252,28 @@ class Decoder(nn.Module):
     def __init__(self, config, vocab_size):
         super().__init__()
         self.context_len = config.context_len
-        self.embed = nn.Embedding(vocab_size + 1, config.d_model)
+        self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens + config.future_len - 1)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, memory, x):
-        h = self.transformer(torch.cat([memory, self.embed(x)], dim=1), attend_to_past)
-        return self.head(self.norm(h[:, memory.shape[1] - 1:]))
+        n = x.shape[1]
+        h = self.transformer(torch.cat([memory, self.embed(x)], dim=1), attend_to_past, slice(None) if n else slice(-1, None))
+        return self.predict(h[:, -n - 1:])
 
-    def read(self, x, past=(0, ())):
+    def predict(self, h):
+        """The head alone. (.., d) -> logits (.., V)"""
+        return self.head(self.norm(h))
+
+    def read(self, x, past=None):
         """Without a memory: x (B, n) -> logits (B, n, V), which predict y at the same places, and the `past` to go on from.
 
-        A token attends to itself and to the context_len - 1 before it. past: how many tokens came before x and, for each layer,
-        the keys and values (B, h, m, d / h) of the last m <= context_len of them. However a text is divided, its logits are the same.
+        A token attends to itself and to the context_len - 1 before it. past: how many tokens came before x, the last few of them
+        and, for each layer, the keys and values (B, h, m, d / h) of the last m <= context_len. However a text is divided, its
+        logits are the same.
         """
-        begin, cached = past
-        end, kept = begin + x.shape[1], []
+        begin, recent, cached = past or (0, x[:, :0], ())
+        end, kept, recent = begin + x.shape[1], [], torch.cat([recent, x], dim=1)
 
         def attend(q, k, v):
             if cached:
@@ -241,8 +281,9 @@ class Decoder(nn.Module):
             kept.append((k[:, :, -self.context_len:], v[:, :, -self.context_len:]))
             return attend_to_last(q, k, v, self.context_len)
 
-        h = self.transformer(self.embed(x), attend, positions=torch.arange(begin, end, device=x.device))
-        return self.head(self.norm(h)), (end, kept)
+        h = self.embed(recent)[:, -x.shape[1]:]
+        h = self.transformer(h, attend, positions=torch.arange(begin, end, device=x.device))
+        return self.predict(h), (end, recent[:, -self.embed.width:], kept)
 
 
 class Updater(nn.Module):
@@ -343,24 +384,30 @@ def parameter_counts(networks):
 
 
 def forward_flops(config, vocab_size, T, S):
-    """FLOPs of one forward pass, two per multiply-add: the encoder for S memories of one row of T tokens, the decoder for
-    one future, the updater for one step, the readout for one memory."""
+    """FLOPs of one forward pass, two per multiply-add: the encoder for S memories of one row of T tokens (trunk: its trunk alone, as
+    a language model), the decoder for one future (first: for its first target alone), the updater for one step, the readout for
+    one memory."""
     d, K = config.d_model, config.memory_tokens
 
     def stack(n_layers, tokens, keys):
         return n_layers * tokens * (24 * d * d + 4 * keys * d)
 
+    def mix(tokens):
+        return tokens * 2 * d * d * config.conv_width if config.conv_width > 1 else 0
+
     window, seen = config.context_len + K, min(config.context_len, T) // 2 + K
-    decoded = K + config.future_len - 1
-    return {"encoder": (S * stack(config.encoder_layers, window, window) if config.encoder == "window" else
-                        stack(config.encoder_layers, T + 1, T // 2) + stack(config.encoder_layers, S * K, seen)),
-            "decoder": stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * 2 * d * vocab_size,
+    decoded, last = K + config.future_len - 1, 2 * d * vocab_size
+    return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window)) if config.encoder == "window" else
+                        mix(T + 1) + stack(config.encoder_layers, T + 1, T // 2) + stack(config.register_layers, S * K, seen)),
+            "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, T // 2) + T * last,
+            "decoder": mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last,
+            "first": stack(config.decoder_layers, K, K) + last,
             "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1),
                         "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d),
                         "gru": 6 * K * d * (K * d + d)}[config.updater],
-            "readout": stack(config.readout_layers, K, K) + 2 * d * vocab_size}
+            "readout": stack(config.readout_layers, K, K) + last}
 
 
 def chain_flops(network):
     """FLOPs along the longest chain of dependent operations of a network: one token's way through all of its matrices."""
-    return 2 * sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and "embed" not in name and name != "registers")
+    return 2 * sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and not name.endswith(("embed.weight", "registers")))

@@ -203,6 +203,13 @@ class Run:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_gradients(self, networks):
+        """Sum the gradients over all processes where a step does without DDP, which averages them."""
+        if self.world_size > 1:
+            for p in networks.parameters():
+                if p.grad is not None:
+                    dist.all_reduce(p.grad)
+
     def gather(self, tensor):
         """The rows of all processes, one after the other: (B / world, ..) -> (B, ..)."""
         if self.world_size == 1:
@@ -358,7 +365,7 @@ def begin(run, config, data, networks, optimizer):
     elif config.init_from:
         checkpoint = load(config.init_from, run.device)
         check_data(checkpoint, data)
-        check_architecture(checkpoint, config, ["n_heads"], config.init_from)     # what no shape shows
+        check_architecture(checkpoint, config, ["n_heads", "register_layers"], config.init_from)     # what no shape shows
         load_weights(networks, {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, config.init_from)
     if run.is_main:
         try:

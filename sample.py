@@ -66,7 +66,7 @@ def choose(logits, temperature, top_k, generators):
 
 def begin(networks, initial_memory, count):
     """What `count` rows carry along before anything was read: m_empty (count, K, d); a Transformer: its last logits and its past."""
-    return initial_memory.expand(count, -1, -1) if "updater" in networks else (None, (0, ()))
+    return initial_memory.expand(count, -1, -1) if "updater" in networks else (None, None)
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ frozen; each iteration
     2. asks the encoder for the memories m_t it should have had, at every `label_stride`-th step       (parallel)
     3. trains f on (m_hat_{t-1}, x_t) -> m_t, and g on m_hat_t -> y_t, all pairs at once               (parallel)
 """
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -28,98 +29,127 @@ from runtime import RunConfig, UsageError
 @dataclass(frozen=True)
 class Config(RunConfig):
     """What train_dmt.py can be told, beside what all train scripts can."""
-    horizon: int = 0                # tokens of a roll-out; 0: the whole row
-    label_stride: int = 1           # steps between two labels of the encoder
+    horizon: int = 0                # tokens of a roll-out; 0: the whole row. Rows are cut into as many of them as fit, side by side
+    grow: float = 0.0               # share of the iterations over which the horizon doubles, from --label_stride up to that
+    label_stride: int = 1           # steps from one label of the encoder to the next; with --unroll, from one labelled run to the next
+    unroll: int = 1                 # steps of a run: f goes on from its own memory, with gradients through them; 1 is DAgger
+    updates: int = 1                # optimiser steps made with the pairs of an iteration, each with its share of them
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text the encoder's context_len
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     persistent: bool = False        # each row is a long stream: its roll-out goes on from the last memory of the one before (text only)
-    through_time: bool = False      # backpropagate the dynamics loss through the roll-out instead of single steps
     lambda_dyn: float = 10.0        # weight of the dynamics loss
+    lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
     lambda_read: float = 1.0        # weight of the readout's loss
 
     def __post_init__(self):
         super().__post_init__()
-        if self.horizon < 0 or self.label_stride < 1 or self.seq_len < 0 or not 0 <= self.p_start <= 1:
-            raise UsageError("--horizon and --seq_len are at least 0, --label_stride at least 1, --p_start from 0 to 1")
+        if min(self.horizon, self.seq_len) < 0 or min(self.unroll, self.updates) < 1 or not 0 <= self.p_start <= 1 or not 0 <= self.grow < 1:
+            raise UsageError("--horizon and --seq_len are at least 0, --unroll and --updates at least 1, --p_start from 0 to 1, --grow below 1")
+        if self.label_stride < self.unroll:
+            raise UsageError(f"--label_stride={self.label_stride} is at least 1 and at least --unroll={self.unroll}")
+        if self.persistent and self.grow:
+            raise UsageError("--persistent streams have one horizon: they take no --grow")
 
 
 PRESETS = {
-    "tiny": dict(batch_size=8, max_iters=430, lr=2e-3, label_stride=2, p_start=0.9, eval_interval=86),
-    "tiny/tinystories": dict(seq_len=256, p_start=0.5, max_iters=520),
+    "tiny": dict(batch_size=8, max_iters=600, lr=2e-3, grow=0.7, label_stride=16, unroll=16, updates=2, lambda_own=3.0, p_start=0.9,
+                 eval_interval=100),
+    "tiny/tinystories": dict(seq_len=256, p_start=0.5),
     "tiny/text": dict(seq_len=256, p_start=0.5),
-    "small": dict(batch_size=32, max_iters=1000, lr=1e-3, label_stride=2, eval_interval=100),
+    "small": dict(batch_size=32, max_iters=2000, lr=1e-3, grow=0.7, label_stride=16, unroll=16, updates=2, lambda_own=3.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
 }
-SYNTHETIC = dict(batch_size=64, max_iters=300, lr=3e-3, label_stride=1)
+SYNTHETIC = dict(batch_size=64, max_iters=300, lr=3e-3, grow=0.0, label_stride=1, unroll=1, updates=1, lambda_own=0.0)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The three steps
 
-def choose_window(config, step, T, H):
-    """Which part of the rows of a step is rolled out, and which of its H steps get a label; a pure function of (seed, step).
+def horizon_at(step, config, H):
+    """The tokens of a roll-out: label_stride, twice as many, .., H, the same number of iterations each until `grow` of them are over."""
+    doublings = max(1, math.ceil(math.log2(H / min(config.label_stride, H))))
+    begun = int(doublings * step / (config.grow * config.max_iters)) if config.grow else doublings
+    return H if begun >= doublings else min(H, config.label_stride * 2 ** begun)
 
-    It begins at 0, from m_empty, with probability p_start, else anywhere; persistent streams go on with the last H tokens.
+
+def choose_pairs(config, step, T, h):
+    """Where in the rows of a step the roll-outs of h tokens begin, and which of their steps are trained on; pure in (seed, step).
+
+    Returns begins (n,), one after the other from 0 (with probability p_start) or anywhere; and for each of config.updates
+    optimiser steps (fewer if there are fewer runs) the runs (R, unroll) that get labels, and the steps (r,) that are read out.
     """
-    rng = datasets.philox(config.seed, step, "roll-out")
-    begin = 0 if rng.random() < config.p_start else int(rng.integers(T - H + 1))
-    steps = torch.arange(int(rng.integers(min(config.label_stride, H))), H, config.label_stride)
-    return T - H if config.persistent else begin, steps
+    rng, n = datasets.philox(config.seed, step, "roll-out"), T // h
+    begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
+    unroll = min(config.unroll, h)
+    R = max(1, h // config.label_stride)
+    first = int(rng.integers(h - unroll - (R - 1) * config.label_stride + 1))
+    runs = first + config.label_stride * torch.from_numpy(rng.permutation(R))[:, None] + torch.arange(unroll)
+    reads, updates = torch.from_numpy(rng.permutation(h)), min(config.updates, R)
+    return begin + h * torch.arange(n), list(zip(runs.tensor_split(updates), reads.tensor_split(updates)))
 
 
 @torch.no_grad()
-def start_memory(networks, initial_memory, x, begin):
-    """The memories (B, K, d) that a roll-out over x[begin:] starts from: m_empty at 0, elsewhere the encoder's."""
-    if begin == 0:
-        return initial_memory.expand(len(x), -1, -1)
-    return networks["encoder"](x, torch.tensor([begin - 1], device=x.device))[:, 0]
+def roll_out_and_label(networks, x, begins, h, runs, start=None):
+    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n `begins`, ask E for labels.
 
-
-@torch.no_grad()
-def roll_out_and_label(networks, start, x, begin, horizon, steps):
-    """Steps 1 and 2 on rows x (B, T): run f from the memories `start` (B, K, d) over x[begin:begin+horizon], ask E for labels.
-
-    steps (L,): the steps of the roll-out, 0..horizon-1, that get a label. Returns the memory before and after each step,
-    m_hat_{t-1} and m_hat_t (B, H, K, d), and the labels m_t (B, L, K, d).
+    Each starts from the encoder's memory at that place (m_empty at 0), or from `start` (B n, K, d). runs (R, k): steps of a
+    roll-out, 0..h-1, that get a label. Returns, with the n roll-outs of a row side by side, the memory before each run,
+    m_hat (B n, R, K, d), the memory after each step, m_hat_t (B n, h, K, d), and the labels m_t (B n, R, k, K, d).
     """
-    after = roll_out(networks["updater"], start, x[:, begin:begin + horizon])
-    before = torch.cat([start[:, None], after[:, :-1]], dim=1)
-    return before, after, networks["encoder"](x, begin + steps)
+    n = len(begins)
+    memories = networks["encoder"](x, torch.cat([begins - 1, (begins[:, None] + runs.flatten()).flatten()]))     # all in one call
+    start = memories[:, :n].flatten(0, 1) if start is None else start
+    labels = memories[:, n:].unflatten(1, (n, *runs.shape)).flatten(0, 1)
+    after = roll_out(networks["updater"], start, cut(x, begins, h))
+    return torch.cat([start[:, None], after], dim=1)[:, runs[:, 0]], after, labels
 
 
-def dmt_loss(networks, before, after, labels, x, y, steps, counts, config):
+def cut(x, begins, h):
+    """The pieces of h tokens of rows (B, T) that begin at n places -> (B n, h)."""
+    return x[:, begins[:, None] + torch.arange(h, device=begins.device)].flatten(0, 1)
+
+
+def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config):
     """Step 3, plain supervised learning on the states that the RNN itself has visited:
 
-        L_dyn  = MSE(f(stop_gradient(m_hat_{t-1}), x_t), m_t)     at the labelled steps (L,)
-        L_read = CE(g(stop_gradient(m_hat_t)), y_t)               at every step
+        L_dyn  = MSE(f(stop_gradient(m_hat_{t-1}), x_t), m_t)       at the labelled steps
+        L_own  = CE(D(f(stop_gradient(m_hat_{t-1}), x_t)), y_t)     there, too: what f must get right is what D needs (not in the paper)
+        L_read = CE(g(stop_gradient(m_hat_t)), y_t)                 at the steps `reads`
 
-    before, after (B, H, K, d), labels (B, L, K, d), x, y (B, H). With config.through_time the roll-out is repeated with
-    gradients from its first memory, and L_dyn compares all of it. Each term is these rows' share of the global mean:
-    counts (2,) are the transitions and the targets of the global batch. Returns the weighted sum and its terms.
+    x, y (N, h) are the tokens of N roll-outs, runs (R, k), reads (r,) steps of them, and before (N, R, K, d), after (N, h, K, d),
+    labels (N, R, k, K, d) what roll_out_and_label returned for them. With k > 1, f goes on from its own memory for k steps.
+    Each term is these roll-outs' share of the global mean: counts (3,) are the transitions, their targets and the targets
+    read out of the global batch. Returns the weighted sum and its terms.
     """
-    transitions, readouts = counts.clamp(min=1)
-    if config.through_time:
-        predicted = roll_out(networks["updater"], before[:, 0], x)[:, steps]
-    else:
-        predicted = networks["updater"](before[:, steps].flatten(0, 1), x[:, steps].flatten()).view_as(labels)
-    real = x[:, steps] != networks["updater"].pad
-    loss_dyn = ((predicted - labels).square().mean((-2, -1)) * real).sum() / transitions
-    logits = networks["readout"](after.flatten(0, 1))
-    loss_read = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum") / readouts
-    loss = config.lambda_dyn * loss_dyn + config.lambda_read * loss_read
-    return loss, dict(train_loss=loss, loss_dyn=loss_dyn, loss_read=loss_read)
+    transitions, predictions, readouts = counts.clamp(min=1)
+    losses = {}
+    predicted = roll_out(networks["updater"], before.flatten(0, 1), x[:, runs].flatten(0, 1)).view_as(labels)
+    real = x[:, runs] != networks["updater"].pad
+    losses["dyn"] = ((predicted - labels).square().mean((-2, -1)) * real).sum() / transitions
+    if config.lambda_own:
+        logits = networks["decoder"](predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
+        losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
+    losses["read"] = cross_entropy(networks["readout"](after[:, reads].flatten(0, 1)), y[:, reads]) / readouts
+    loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
+    return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
 
 
-def step_flops(config, model_config, networks, vocab_size, T, H):
+def cross_entropy(logits, y):
+    """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V)."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def step_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
     """FLOPs of an iteration (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    labels = -(-H // config.label_stride)
-    forward = forward_flops(model_config, vocab_size, T, labels)
+    n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]
+    forward = forward_flops(model_config, vocab_size, T, n * (1 + labelled))
     chain = {name: chain_flops(network) for name, network in networks.items()}
-    supervised = (3 if not config.through_time else 3 * H / labels) * labels * forward["updater"] + 3 * H * forward["readout"]
-    chained = (3 * H if config.through_time else 3) * chain["updater"]
-    return (round(config.batch_size * (H * forward["updater"] + forward["encoder"] + supervised)),
-            H * chain["updater"] + chain["encoder"] + max(chained, 3 * chain["readout"]))
+    own = bool(config.lambda_own)
+    return (config.batch_size * (forward["encoder"] + n * h * (forward["updater"] + 3 * forward["readout"])
+                                 + 3 * n * labelled * (forward["updater"] + own * forward["first"])),
+            h * chain["updater"] + chain["encoder"]
+            + 3 * len(pairs) * max(unroll * chain["updater"] + own * chain["decoder"], chain["readout"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,13 +171,13 @@ def main():
     if config.persistent:
         datasets.stream_rows(data, 0, config.batch_size, T, H)      # refuses what cannot go on, before anything is written
     networks.requires_grad_(False)
-    trained = torch.nn.ModuleDict({name: networks[name].requires_grad_() for name in ("updater", "readout")})
-    optimizer = runtime.adamw(trained, config)
-    module = runtime.distribute(trained, lambda *batch: dmt_loss(*batch, config), run)
+    for name in ("updater", "readout"):
+        networks[name].requires_grad_()
+    optimizer = runtime.adamw(networks, config)
+    module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
 
-    flops, sequential_flops = step_flops(config, model_config, networks, data.vocab_size, T, H)
     memory = None
     if config.resume and config.persistent and "memory" in source:
         if len(source["memory"]) != config.batch_size:
@@ -167,32 +197,41 @@ def main():
         if last:
             break
 
-        begin, steps = choose_window(config, step, T, H)
-        steps = steps.to(run.device)
+        h = horizon_at(step, config, H)
+        begins, pairs = choose_pairs(config, step, T, h)
         if config.persistent:
-            x, y, new_streams = datasets.stream_rows(data, step, config.batch_size, T, H, run.rank, run.world_size)
+            begins = torch.tensor([T - h])
+            x, y, new_streams = datasets.stream_rows(data, step, config.batch_size, T, h, run.rank, run.world_size)
             memory = None if new_streams else memory
         else:
             x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start, run.rank, run.world_size)
-        rolled_x, rolled_y = x[:, begin:begin + H], y[:, begin:begin + H]
-        counts = run.sum(torch.stack([(rolled_x[:, steps] != data.pad).sum(), (rolled_y != IGNORE).sum()]))
+        begins, pairs = begins.to(run.device), [(runs.to(run.device), reads.to(run.device)) for runs, reads in pairs]
+        rolled_x, rolled_y = cut(x, begins, h), cut(y, begins, h)
 
-        ends = []
-        for i, rows in enumerate(torch.arange(len(x), device=run.device).chunk(config.grad_accum)):
+        collected = []                                  # a part of the rows at a time, which bounds the encoder's memory
+        for i, rows in enumerate(x.chunk(config.grad_accum)):
+            start = None if memory is None else memory.chunk(config.grad_accum)[i]
             with run.autocast():
-                start = start_memory(networks, initial_memory, x[rows], begin) if memory is None else memory[rows]
-                before, after, labels = roll_out_and_label(networks, start, x[rows], begin, H, steps)
-            ends.append(after[:, -1])
-            with runtime.micro_step(module, last=i == config.grad_accum - 1):
-                with run.autocast():
-                    loss, losses = module(before, after, labels, rolled_x[rows], rolled_y[rows], steps, counts)
-                (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
-            run.count(losses)
-        memory = torch.cat(ends) if config.persistent else None
+                collected.append(roll_out_and_label(networks, rows, begins, h, torch.cat([runs for runs, _ in pairs]), start))
+        before, after, labels = (torch.cat(parts) for parts in zip(*collected))
+        memory = after[:, -1] if config.persistent else None
 
         lr = runtime.learning_rate(step, config)
-        grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
-        run.spend(tokens=config.batch_size * H, flops=flops, sequential_flops=sequential_flops)
+        place = 0
+        for runs, reads in pairs:
+            here = slice(place, place := place + len(runs))
+            counts = run.sum(torch.stack([(rolled_x[:, runs] != data.pad).sum(), (rolled_y[:, runs] != IGNORE).sum(),
+                                          (rolled_y[:, reads] != IGNORE).sum()]))
+            batch = before[:, here], after, labels[:, here], rolled_x, rolled_y
+            for i, part in enumerate(zip(*(tensor.chunk(config.grad_accum) for tensor in batch))):
+                with runtime.micro_step(module, last=i == config.grad_accum - 1):
+                    with run.autocast():
+                        loss, losses = module(*part, runs, reads, counts)
+                    (loss * run.world_size).backward()  # DDP averages over processes; our losses are to be summed
+                run.count({name: value / len(pairs) for name, value in losses.items()})
+            grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
+        flops, sequential_flops = step_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
+        run.spend(tokens=config.batch_size * len(begins) * h, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 
 

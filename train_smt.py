@@ -18,10 +18,10 @@ import runtime
 import tasks
 from data import IGNORE
 from evaluate import evaluate
-from model import ModelConfig, build, chain_flops, forward_flops, model_fields, parameter_counts
+from model import ModelConfig, build, chain_flops, forward_flops, model_fields, parameter_counts, roll_out
 from runtime import RunConfig, UsageError
 
-UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together: the loss is the same for any number of processes
+UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together, so that rows on other processes need not be known
 UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
 
 
@@ -29,12 +29,15 @@ UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
 class Config(ModelConfig, RunConfig):
     """What train_smt.py can be told, beside what all train scripts can."""
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
-    positions: int = 1              # positions S of each row at which a pair of memories is trained
-    run_length: int = 1             # the positions come in runs of this many consecutive ones, which share memories: r pairs need r + 1
-    decode_every: int = 1           # the long futures are decoded at every n-th of these positions
+    positions: int = 1              # positions S of each row that get a memory, drawn anew each step; 0: all of them
+    decode_every: int = 1           # a long future is decoded at one in so many of these positions
+    unroll: int = 1                 # steps of the transition in a row between two memories of the encoder; more need --positions=0
+    trunk_iters: int = 0            # the first iterations train the causal encoder's trunk alone, as a language model
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
     lambda_near: float = 0.0        # extra weight of the decoder's first target, which it predicts from the memory alone
+    lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
+    lambda_trunk: float = 0.0       # weight of the next-token loss of the causal encoder's trunk
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
     lambda_read: float = 1.0        # weight of the readout's loss
@@ -43,28 +46,37 @@ class Config(ModelConfig, RunConfig):
     def __post_init__(self):
         ModelConfig.__post_init__(self)
         RunConfig.__post_init__(self)
-        if self.positions < 1 or self.seq_len < 0 or not 0 <= self.p_start <= 1:
-            raise UsageError("--positions is at least 1, --seq_len at least 0, --p_start from 0 to 1")
-        if not 1 <= self.decode_every <= self.positions:
+        if min(self.positions, self.seq_len) < 0 or not 0 <= self.p_start <= 1:
+            raise UsageError("--positions and --seq_len are at least 0, --p_start from 0 to 1")
+        if not 1 <= self.decode_every <= (self.positions or math.inf):
             raise UsageError("--decode_every is from 1 to --positions")
-        if self.run_length < 1 or self.positions % self.run_length:
-            raise UsageError(f"--positions={self.positions} must be a multiple of --run_length={self.run_length}")
+        if self.unroll < 1 or self.unroll > 1 and self.positions:
+            raise UsageError("--unroll is at least 1; more than 1 needs the memories of all positions, --positions=0")
+        if (self.lambda_trunk or self.trunk_iters) and self.encoder != "causal":
+            raise UsageError("--lambda_trunk and --trunk_iters are for --encoder=causal: the window encoder has no trunk that could predict")
+        if self.trunk_iters % self.log_interval:
+            raise UsageError(f"--trunk_iters={self.trunk_iters} must be a multiple of --log_interval={self.log_interval}: no line averages both")
+        if not 0 <= self.trunk_iters <= self.max_iters:
+            raise UsageError(f"--trunk_iters={self.trunk_iters} are the first of --max_iters={self.max_iters}: they cannot be more")
 
 
 PRESETS = {
     "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=4, encoder_layers=3, decoder_layers=1, updater_layers=2,
-                 readout_layers=1, context_len=220, future_len=64, positions=32, decode_every=4, lambda_near=1.0, p_start=0.9,
-                 batch_size=4, max_iters=3700, lr=3e-3, eval_interval=740, log_interval=50),
-    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, decode_every=2, p_start=0.5, batch_size=8),
-    "tiny/text": dict(context_len=128, seq_len=256, future_len=16, decode_every=2, p_start=0.5, batch_size=8),
+                 readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=0, decode_every=10, unroll=16, p_start=0.9,
+                 trunk_iters=1000, lambda_near=1.0, lambda_own=1.0, lambda_trunk=1.0, lambda_dyn=1.0, lambda_unif=0.1,
+                 batch_size=4, max_iters=2800, lr=3e-3, eval_interval=500, log_interval=50),
+    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=2000, max_iters=5000),
+    "tiny/text": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5),
     "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=2, updater_layers=4,
-                  readout_layers=2, context_len=256, future_len=64, positions=64, decode_every=4, lambda_near=1.0,
-                  batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
+                  readout_layers=2, conv_width=8, context_len=256, future_len=64, positions=0, decode_every=16, unroll=16,
+                  trunk_iters=2000, lambda_near=1.0, lambda_own=1.0, lambda_trunk=1.0, lambda_dyn=1.0, lambda_unif=0.1,
+                  batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
                   readout_layers=4, context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
                   lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
-SYNTHETIC = dict(memory_tokens=2, updater_layers=1, future_len=32, positions=4, decode_every=1, lambda_near=0.0,
+SYNTHETIC = dict(register_layers=3, conv_width=1, memory_tokens=2, updater_layers=1, future_len=32, positions=4, decode_every=1, unroll=1,
+                 trunk_iters=0, lambda_near=0.0, lambda_own=0.0, lambda_trunk=0.0, lambda_dyn=0.1, lambda_unif=0.001,
                  batch_size=64, max_iters=400, lr=2e-3, eval_interval=100)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 
@@ -80,16 +92,22 @@ def futures(x, y, t, future_len, pad):
     return future_x, future_y
 
 
-def expand_runs(centres, run_length, T):
-    """Runs of consecutive positions around the given ones (R,), within 0..T-1 -> (R run_length,)."""
-    first = (centres - run_length // 2).clamp(0, T - run_length)
-    return (first[:, None] + torch.arange(run_length)).flatten()
+def runs_of(t, T, unroll):
+    """The positions (R, unroll) of the runs in which the transition is trained: each of t (S,) alone, or, if the runs are longer,
+    side by side over the row of T tokens, from a random place on (t is in random order)."""
+    if unroll == 1:
+        return t[:, None]
+    n = max(1, (T - unroll + 1) // unroll)
+    steps = torch.arange(n * unroll, device=t.device).view(n, unroll)
+    return steps + t[0] % (T - n * unroll + 1)
 
 
-def count_terms(x, y, t, future_len, pad, decode_every=1):
-    """How many targets are decoded, transitions trained and targets read out: the denominators of the means, (3,)."""
-    _, future_y = futures(x, y, t[::decode_every], future_len, pad)
-    return torch.stack([(future_y != IGNORE).sum(), (x[:, t] != pad).sum(), (y[:, t] != IGNORE).sum()])
+def count_terms(x, y, t, config, pad):
+    """The denominators of the means, (5,): targets decoded, transitions trained, targets after them, targets at t, all targets."""
+    T, (_, future_y) = x.shape[1], futures(x, y, t[::config.decode_every], config.future_len, pad)
+    runs = runs_of(t, T, config.unroll)
+    return torch.stack([(future_y != IGNORE).sum(), (x[:, runs] != pad).sum(),
+                        *((some != IGNORE).sum() for some in (y[:, runs], y[:, t], y))])
 
 
 def cross_entropy(logits, y):
@@ -107,59 +125,86 @@ def uniformity(memory):
     return (-2 * distance).masked_fill(~others, -torch.inf).flatten().logsumexp(0) - math.log(len(u) * (len(u) - 1))
 
 
-def smt_loss(networks, x, y, t, counts, config):
-    """The joint objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}) and m_{-1} = m_empty:
+def trunk_loss(networks, trunk, y, count):
+    """L_trunk = CE(head of D(trunk of E at t), y_t) at every t: the causal encoder's trunk as a language model (not in the paper).
 
-        L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at every decode_every-th position
-        L_near = CE(D(m_t), y_t)                            its first target again, at every position (not in the paper)
-        L_dyn  = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories
-        L_unif = log mean_{a != b} exp(-2 |u_a - u_b|^2)    memory tokens apart from each other
-        L_read = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
-
-    Each is these rows' share of the mean over the global batch of config.batch_size rows, which has counts (3,) of each kind:
-    summed over micro-batches and processes they are the losses. Returns the weighted sum and its terms.
+    trunk (B, T+1, d) as of Encoder.trunk, y (B, T). These rows' share of the mean over the global batch, which has `count` targets.
     """
-    encoder, pad = networks["encoder"], networks["encoder"].pad
-    decoded, transitions, readouts = counts.clamp(min=1)
+    return cross_entropy(networks["decoder"].predict(trunk[:, 1:]), y) / count.clamp(min=1)
 
-    runs = t.view(-1, config.run_length)
-    memories = encoder(x, torch.cat([runs[:, :1] - 1, runs], dim=1).flatten())     # all in one call
-    memories = memories.unflatten(1, (len(runs), -1))                              # (B, runs, run_length + 1, K, d)
-    before, after = memories[:, :, :-1].flatten(1, 2), memories[:, :, 1:].flatten(1, 2)    # m_{t-1}, m_t: (B, S, K, d)
+
+def smt_loss(networks, x, y, t, counts, config):
+    """The joint objective on rows x, y (B, T) at positions t (S,), in random order, with m_t = E(x_{<=t}) and m_{-1} = m_empty:
+
+        L_dec   = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at one in decode_every positions
+        L_near  = CE(D(m_t), y_t)                            its first target again, at every position (not in the paper)
+        L_dyn   = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories
+        L_own   = CE(D(f(m_{t-1}, x_t)), y_t)                what f must get right is what the decoder needs (not in the paper)
+        L_unif  = log mean_{a != b} exp(-2 |u_a - u_b|^2)    memory tokens apart from each other
+        L_read  = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
+        L_trunk                                              see trunk_loss
+
+    With unroll > 1, f goes on from its own memory for so many steps: L_dyn and L_own are over all of them. Each term is these
+    rows' share of the mean over the global batch of config.batch_size rows, which has counts (5,) of each kind: summed over
+    micro-batches and processes they are the losses. Returns the weighted sum and its terms.
+    """
+    encoder, decoder, pad, (B, T), S = networks["encoder"], networks["decoder"], networks["encoder"].pad, x.shape, len(t)
+    decoded, transitions, predictions, readouts, targets = counts.clamp(min=1)
+    runs, no_future, losses = runs_of(t, T, config.unroll), x.new_empty(B, 0), {}           # (R, k), (B, 0)
+
+    trunk = None
+    if config.lambda_trunk:
+        trunk = encoder.trunk(x)
+        losses["trunk"] = trunk_loss(networks, trunk, y, targets)
+    if S == T:
+        memories = encoder(x, torch.arange(-1, T, device=t.device), trunk)                  # neighbours share their memories
+        after, start, goal = memories[:, t + 1], memories[:, runs[:, 0]], memories[:, runs + 1]
+    else:
+        start, after = encoder(x, torch.cat([t - 1, t]), trunk).split(S, dim=1)             # all in one call
+        goal = after[:, :, None]
+    # after: m_t (B, S, K, d); start: m before each run (B, R, K, d); goal: m after each of its steps (B, R, k, K, d)
 
     far = slice(None, None, config.decode_every)
     future_x, future_y = futures(x, y, t[far], config.future_len, pad)
-    logits = networks["decoder"](after[:, far].flatten(0, 1), future_x.flatten(0, 1))      # (B S / decode_every, Tf, V)
-    loss_dec = cross_entropy(logits, future_y.flatten(0, 1)) / decoded
-    loss_near = torch.zeros_like(loss_dec)
+    logits = decoder(after[:, far].flatten(0, 1), future_x.flatten(0, 1))                   # (B S / decode_every, Tf, V)
+    losses["dec"] = cross_entropy(logits, future_y.flatten(0, 1)) / decoded
     if config.lambda_near:
-        logits = networks["decoder"](after.flatten(0, 1), x.new_empty(after[:, :, 0, 0].numel(), 0))       # (B S, 1, V)
-        loss_near = cross_entropy(logits, y[:, t].flatten()) / readouts
+        logits = decoder(after.flatten(0, 1), no_future.repeat(S, 1))                       # (B S, 1, V)
+        losses["near"] = cross_entropy(logits, y[:, t]) / readouts
 
-    x_t = x[:, t]
-    start, goal = (before.detach(), after.detach()) if config.detach else (before, after)
-    error = networks["updater"](start.flatten(0, 1), x_t.flatten()).view_as(goal) - goal
-    loss_dyn = (error.square().mean((-2, -1)) * (x_t != pad)).sum() / transitions
+    if config.detach:
+        start, goal = start.detach(), goal.detach()
+    predicted = roll_out(networks["updater"], start.flatten(0, 1), x[:, runs].flatten(0, 1)).view_as(goal)
+    real = x[:, runs] != pad
+    losses["dyn"] = ((predicted - goal).square().mean((-2, -1)) * real).sum() / transitions
+    if config.lambda_own:
+        logits = decoder(predicted.flatten(0, 2), no_future.repeat(runs.numel(), 1))
+        losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
 
-    stride = math.ceil(UNIFORMITY_ROWS * after.shape[1] * after.shape[2] / UNIFORMITY_TOKENS)
+    stride = math.ceil(UNIFORMITY_ROWS * S * after.shape[2] / UNIFORMITY_TOKENS)
     groups = after[:, ::stride].split(min(UNIFORMITY_ROWS, config.batch_size))
-    loss_unif = sum(uniformity(group.flatten(0, 2)) * len(group) for group in groups) / config.batch_size
+    losses["unif"] = sum(uniformity(group.flatten(0, 2)) * len(group) for group in groups) / config.batch_size
 
-    loss_read = cross_entropy(networks["readout"](after.detach().flatten(0, 1)), y[:, t].flatten()) / readouts
+    losses["read"] = cross_entropy(networks["readout"](after.detach().flatten(0, 1)), y[:, t]) / readouts
 
-    loss = (config.lambda_dec * loss_dec + config.lambda_near * loss_near + config.lambda_dyn * loss_dyn
-            + config.lambda_unif * loss_unif + config.lambda_read * loss_read)
-    return loss, dict(train_loss=loss, loss_dec=loss_dec, loss_near=loss_near, loss_dyn=loss_dyn, loss_unif=loss_unif, loss_read=loss_read)
+    loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
+    return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
 
 
-def step_flops(config, networks, vocab_size, T):
+def step_flops(config, networks, vocab_size, T, trunk_alone=False):
     """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    S = config.positions
-    forward = forward_flops(config, vocab_size, T, S + S // config.run_length)
+    S = config.positions or T
+    forward = forward_flops(config, vocab_size, T, T + 1 if S == T else 2 * S)
     chain = {name: chain_flops(network) for name, network in networks.items()}
-    decoded = -(-S // config.decode_every)
-    return (3 * config.batch_size * (forward["encoder"] + decoded * forward["decoder"] + S * (forward["updater"] + forward["readout"])),
-            3 * (chain["encoder"] + max(chain["decoder"], chain["updater"], chain["readout"])))
+    decoded, updated = -(-S // config.decode_every), runs_of(torch.arange(S), T, config.unroll).numel()
+    firsts = (S if config.lambda_near else 0) + (updated if config.lambda_own else 0)
+    if trunk_alone:
+        layers = config.encoder_layers - config.register_layers
+        return 3 * config.batch_size * forward["trunk"], 3 * chain["encoder"] * layers // config.encoder_layers
+    return (3 * config.batch_size * (forward["encoder"] + decoded * forward["decoder"] + firsts * forward["first"]
+                                     + updated * forward["updater"] + S * forward["readout"]),
+            3 * (chain["encoder"] + max(chain["decoder"], chain["readout"],
+                                        config.unroll * chain["updater"] + bool(config.lambda_own) * chain["decoder"])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,8 +215,9 @@ def main():
     run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
-    if config.run_length > T:
-        raise UsageError(f"--run_length={config.run_length} is longer than a row, {T} tokens")
+    S = config.positions or T
+    if config.unroll > T:
+        raise UsageError(f"--unroll={config.unroll} is longer than a row, {T} tokens")
     val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
 
     networks = build(config, data.vocab_size).to(run.device)
@@ -179,7 +225,6 @@ def main():
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
-    flops, sequential_flops = step_flops(config, networks, data.vocab_size, T)
 
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):
@@ -194,18 +239,26 @@ def main():
         if last:
             break
 
-        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions // config.run_length,
-                                        config.p_start, run.rank, run.world_size)
-        t = expand_runs(t, config.run_length, T).to(run.device)
-        counts = run.sum(count_terms(x, y, t, config.future_len, data.pad, config.decode_every))
+        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, S, config.p_start, run.rank, run.world_size)
+        t = t.to(run.device)
+        counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
-            with runtime.micro_step(module, last=i == config.grad_accum - 1):
+            if step < config.trunk_iters:
                 with run.autocast():
-                    loss, losses = module(micro_x, micro_y, t, counts)
-                (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
+                    loss = trunk_loss(networks, networks["encoder"].trunk(micro_x), micro_y, counts[-1])
+                loss.backward()
+                losses = {"train_loss": loss, "loss_trunk": loss}
+            else:
+                with runtime.micro_step(module, last=i == config.grad_accum - 1):
+                    with run.autocast():
+                        loss, losses = module(micro_x, micro_y, t, counts)
+                    (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
+        if step < config.trunk_iters:
+            run.sum_gradients(networks)                     # DDP would wait for those of the other networks
         lr = runtime.learning_rate(step, config)
         grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
+        flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, trunk_alone=step < config.trunk_iters)
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 

@@ -3,24 +3,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUICK, randomise, trained
+from conftest import QUICK, ROLL_OUTS, randomise, trained
 
 import data
+import runtime
 import train_dmt
 from data import IGNORE
 from model import ModelConfig, build
-from train_dmt import Config, choose_window, dmt_loss, roll_out_and_label, start_memory
+from train_dmt import Config, choose_pairs, cut, dmt_loss, horizon_at, roll_out_and_label
 
 V, PAD = 5, 5
 KINDS = pytest.mark.parametrize("kind", ["window", "causal"])
 UPDATERS = pytest.mark.parametrize("updater", ["transformer", "mlp", "gru"])
-SETTINGS = Config(lambda_dyn=3.0, lambda_read=0.5)
+SETTINGS = Config(lambda_dyn=3.0, lambda_read=0.5, lambda_own=0.7)
+SINGLE, TRIPLES = torch.tensor([[2], [0], [6], [1], [3], [5], [4]]), torch.tensor([[4, 5, 6], [1, 2, 3]])
+AT_0, READS = torch.tensor([0]), torch.tensor([5, 0, 2, 6])
 
 
 def networks_for(encoder="window", updater="transformer"):
     sizes = ModelConfig(encoder=encoder, updater=updater, d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1,
                         updater_layers=1, context_len=4, future_len=3)
-    return randomise(build(sizes, V))
+    networks = randomise(build(sizes, V)).requires_grad_(False)
+    for name in ("updater", "readout"):
+        networks[name].requires_grad_()
+    return networks
+
+
+def trainable(networks):
+    return [p for p in networks.parameters() if p.requires_grad]
 
 
 def batch(B=4, T=7):
@@ -31,78 +41,86 @@ def batch(B=4, T=7):
     return x, y
 
 
-def counts_of(x, y, steps):
-    return torch.stack([(x[:, steps] != PAD).sum(), (y != IGNORE).sum()])
+def counts_of(x, y, runs, reads):
+    return torch.stack([(x[:, runs] != PAD).sum(), (y[:, runs] != IGNORE).sum(), (y[:, reads] != IGNORE).sum()])
 
 
-def reference_losses(networks, start, x, y, begin, horizon, steps, settings):
-    """One row and one step at a time; the state is detached after each step, unless gradients go through time."""
-    updater, readout, encoder = networks["updater"], networks["readout"], networks["encoder"]
-    dyn, read = [], []
+def reference_losses(networks, x, y, begins, h, runs, reads, settings):
+    """One roll-out and one step at a time; between runs the state is that of the RNN without a gradient."""
+    updater, readout, encoder, decoder = (networks[name] for name in ("updater", "readout", "encoder", "decoder"))
+    dyn, own, read = [], [], []
+
+    def nll(logits, target):
+        return logits.exp().sum().log() - logits[target]
+
     for b in range(len(x)):
-        memory = start[b:b + 1].detach()
-        for i in range(horizon):
-            token, target = x[b:b + 1, begin + i], y[b, begin + i]
-            memory = updater(memory if settings.through_time else memory.detach(), token)
-            if i in steps.tolist() and token != PAD:
-                label = encoder(x[b:b + 1], torch.tensor([begin + i]))[:, 0].detach()
-                dyn.append((memory - label).square().mean())
-            if target != IGNORE:
-                logits = readout(memory.detach())[0]
-                read.append(logits.exp().sum().log() - logits[target])
-    losses = dict(loss_dyn=sum(dyn) / len(dyn), loss_read=sum(read) / len(read))
-    return losses | {"train_loss": settings.lambda_dyn * losses["loss_dyn"] + settings.lambda_read * losses["loss_read"]}
+        for begin in begins.tolist():
+            state = encoder(x[b:b + 1, :begin], torch.tensor([begin - 1]))[:, 0]
+            states = [state.detach()]
+            for i in range(h):
+                states.append(updater(states[-1], x[b:b + 1, begin + i]).detach())
+            for run in runs.tolist():
+                state = states[run[0]]
+                for i in run:
+                    token, target = x[b:b + 1, begin + i], y[b, begin + i]
+                    state = updater(state, token)
+                    if token != PAD:
+                        dyn.append((state - encoder(x[b:b + 1], torch.tensor([begin + i]))[:, 0]).square().mean())
+                    if target != IGNORE:
+                        own.append(nll(decoder(state, x[b:b + 1, :0])[0, 0], target))
+            read += [nll(readout(states[i + 1])[0], y[b, begin + i]) for i in reads.tolist() if y[b, begin + i] != IGNORE]
+    losses = dict(dyn=sum(dyn) / len(dyn), own=sum(own) / len(own), read=sum(read) / len(read))
+    losses = {name: value for name, value in losses.items() if name != "own" or settings.lambda_own}
+    total = sum(getattr(settings, f"lambda_{name}") * value for name, value in losses.items())
+    return {"train_loss": total, **{f"loss_{name}": value for name, value in losses.items()}}
 
 
-def dmt_step(networks, x, y, begin, horizon, steps, settings):
-    start = start_memory(networks, networks["encoder"].initial_memory().detach(), x, begin)
-    rolled_x, rolled_y = x[:, begin:begin + horizon], y[:, begin:begin + horizon]
-    before, after, labels = roll_out_and_label(networks, start, x, begin, horizon, steps)
+def dmt_step(networks, x, y, begins, h, runs, reads, settings=SETTINGS, counts=None):
+    before, after, labels = roll_out_and_label(networks, x, begins, h, runs)
     assert not (before.requires_grad or after.requires_grad or labels.requires_grad)
-    _, terms = dmt_loss(networks, before, after, labels, rolled_x, rolled_y, steps, counts_of(rolled_x, rolled_y, steps), settings)
-    return start, terms
+    x, y = cut(x, begins, h), cut(y, begins, h)
+    counts = counts_of(x, y, runs, reads) if counts is None else counts
+    return dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, settings)[1]
 
 
-@KINDS
 @UPDATERS
-@pytest.mark.parametrize("through_time", [False, True])
-@pytest.mark.parametrize("begin, horizon, steps", [(0, 7, [0, 1, 2, 3, 4, 5, 6]), (2, 5, [1, 3]), (0, 4, [3])])
-def test_batched_step_equals_a_loop_over_rows_and_steps(kind, updater, through_time, begin, horizon, steps):
-    networks, (x, y), steps = networks_for(kind, updater), batch(), torch.tensor(steps)
-    settings = replace(SETTINGS, through_time=through_time)
-    start, terms = dmt_step(networks, x, y, begin, horizon, steps, settings)
-    expected = reference_losses(networks, start, x, y, begin, horizon, steps, settings)
+@pytest.mark.parametrize("kind, begins, h, runs, lambda_own", [
+    ("window", [0], 7, SINGLE.tolist(), 0.0), ("causal", [0], 7, [[5], [2]], 0.7), ("causal", [1, 4], 3, [[0]], 0.7),
+    ("causal", [0, 3], 3, [[1, 2]], 0.7), ("window", [0], 7, TRIPLES.tolist(), 0.7)], ids=["1", "1-of-3", "pieces", "pieces-2", "3"])
+def test_batched_step_equals_a_loop_over_rows_and_steps(kind, updater, begins, h, runs, lambda_own):
+    networks, (x, y) = networks_for(kind, updater), batch()
+    settings, case = replace(SETTINGS, lambda_own=lambda_own), (torch.tensor(begins), h, torch.tensor(runs), torch.tensor([h - 1, 0]))
+    terms = dmt_step(networks, x, y, *case, settings)
+    expected = reference_losses(networks, x, y, *case, settings)
+    assert terms.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
-    parameters = [*networks["updater"].parameters(), *networks["readout"].parameters()]
-    for ours, theirs in zip(torch.autograd.grad(terms["train_loss"], parameters),
-                            torch.autograd.grad(expected["train_loss"], parameters)):
-        assert theirs.abs().max() > 0 or theirs.numel() == V + 1
+    for ours, theirs in zip(torch.autograd.grad(terms["train_loss"], trainable(networks)),
+                            torch.autograd.grad(expected["train_loss"], trainable(networks))):
+        assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
 
 
 @UPDATERS
-def test_gradients_through_time_differ_from_those_of_single_steps(updater):
-    networks, (x, y), steps = networks_for(updater=updater), batch(), torch.arange(7)
+def test_gradients_through_a_run_differ_from_those_of_its_single_steps_though_the_losses_are_the_same(updater):
+    networks, (x, y) = networks_for(updater=updater), batch()
+    run, steps = (dmt_step(networks, x, y, AT_0, 7, runs, READS) for runs in (TRIPLES, TRIPLES.view(-1, 1)))
     parameters = list(networks["updater"].parameters())
-    single, through = (torch.autograd.grad(dmt_step(networks, x, y, 0, 7, steps, replace(SETTINGS, through_time=option))[1]["loss_dyn"],
-                                           parameters) for option in (False, True))
-    assert max((a - b).abs().max() / b.abs().max() for a, b in zip(single, through)) > 0.01
+    for name in ("loss_dyn", "loss_own"):
+        torch.testing.assert_close(run[name], steps[name])
+        gradients = zip(*(torch.autograd.grad(terms[name], parameters, retain_graph=True) for terms in (run, steps)))
+        assert max((a - b).abs().max() / b.abs().max() for a, b in gradients) > 0.01
 
 
 @UPDATERS
-@pytest.mark.parametrize("through_time", [False, True])
-def test_every_parameter_of_updater_and_readout_gets_a_gradient_under_autocast(updater, through_time):
+@pytest.mark.parametrize("runs", [SINGLE, TRIPLES], ids=["1", "3"])
+def test_every_parameter_of_updater_and_readout_gets_a_gradient_under_autocast(updater, runs):
     """Autocast caches the casts of weights within a block: the roll-out without gradients must not share the loss's."""
-    networks, (x, y), steps = networks_for(updater=updater).float(), batch(), torch.arange(7)
-    networks.requires_grad_(False)
-    settings = replace(SETTINGS, through_time=through_time)
-    module = torch.nn.ModuleDict({name: networks[name].requires_grad_() for name in ("updater", "readout")})
+    networks, (x, y) = networks_for(updater=updater).float(), batch()
     with torch.autocast("cpu", torch.bfloat16):
-        start = start_memory(networks, networks["encoder"].initial_memory(), x, 0)
-        before, after, labels = roll_out_and_label(networks, start, x, 0, 7, steps)
+        before, after, labels = roll_out_and_label(networks, x, AT_0, 7, runs)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = dmt_loss(module, before, after, labels, x, y, steps, counts_of(x, y, steps), settings)
+        loss, _ = dmt_loss(networks, before, after, labels, x, y, runs, READS, counts_of(x, y, runs, READS), SETTINGS)
     loss.backward()
     assert loss.dtype == torch.float32
     for name, parameter in networks.named_parameters():
@@ -112,71 +130,130 @@ def test_every_parameter_of_updater_and_readout_gets_a_gradient_under_autocast(u
             assert parameter.grad is None, name
 
 
+def test_each_loss_trains_the_network_it_should():
+    networks, (x, y) = networks_for(), batch()
+    terms = dmt_step(networks, x, y, AT_0, 7, TRIPLES, READS)
+    for name, network in (("loss_dyn", "updater"), ("loss_own", "updater"), ("loss_read", "readout")):
+        gradients = torch.autograd.grad(terms[name], trainable(networks), allow_unused=True, retain_graph=True)
+        names = [n for n, p in networks.named_parameters() if p.requires_grad]
+        assert {n.split(".")[0] for n, gradient in zip(names, gradients) if gradient is not None} == {network}
+
+
 @KINDS
-def test_roll_out_starts_from_the_empty_memory_at_0_and_from_the_encoders_elsewhere(kind):
+def test_roll_outs_begin_at_the_empty_memory_at_0_and_at_the_encoders_elsewhere_side_by_side(kind):
     networks, (x, _) = networks_for(kind), batch()
-    empty = torch.randn(2, 8)
-    assert torch.equal(start_memory(networks, empty, x, 0), empty.expand(4, 2, 8))
-    start = start_memory(networks, empty, x, 3)
-    torch.testing.assert_close(start, networks["encoder"](x[:, :3], torch.tensor([2]))[:, 0])
-    before, after, labels = roll_out_and_label(networks, start, x, 3, 4, torch.tensor([0, 3]))
-    assert torch.equal(before[:, 0], start) and torch.equal(before[:, 1:], after[:, :-1])
-    memory = start
-    for i in range(4):
-        memory = networks["updater"](memory, x[:, 3 + i])
-        torch.testing.assert_close(after[:, i], memory)
-    for column, t in ((0, 3), (1, 6)):
-        torch.testing.assert_close(labels[:, column], networks["encoder"](x, torch.tensor([t]))[:, 0])
+    begins, runs = torch.tensor([0, 3]), torch.tensor([[2, 3], [0, 1]])
+    before, after, labels = roll_out_and_label(networks, x, begins, 4, runs)
+    assert (before.shape, after.shape, labels.shape) == ((8, 2, 2, 8), (8, 4, 2, 8), (8, 2, 2, 2, 8))
+    for row in range(4):
+        for piece, begin in enumerate(begins.tolist()):
+            n, here = 2 * row + piece, x[row:row + 1]
+            states = [networks["encoder"](here[:, :3], torch.tensor([2]))[:, 0] if begin else networks["encoder"].initial_memory()[None]]
+            for i in range(4):
+                states.append(networks["updater"](states[-1], here[:, begin + i]))
+                torch.testing.assert_close(after[n, i], states[-1][0])
+            for place, run in enumerate(runs.tolist()):
+                torch.testing.assert_close(before[n, place], states[run[0]][0])
+                for k, i in enumerate(run):
+                    label = networks["encoder"](here, torch.tensor([begin + i]))[0, 0]
+                    torch.testing.assert_close(labels[n, place, k], label)
+
+
+def test_a_roll_out_goes_on_from_the_memory_that_is_given():
+    networks, (x, _) = networks_for(), batch()
+    whole = roll_out_and_label(networks, x, torch.tensor([1]), 6, SINGLE[:1])[1]
+    before, after, labels = roll_out_and_label(networks, x, torch.tensor([4]), 3, torch.tensor([[0], [2]]), whole[:, 2])
+    torch.testing.assert_close(after, whole[:, 3:])
+    torch.testing.assert_close(before, whole[:, [2, 4]])
+    torch.testing.assert_close(labels[:, :, 0], networks["encoder"](x, torch.tensor([4, 6])))
+
+
+def test_pieces_of_a_row_lie_side_by_side():
+    x = torch.arange(20).view(2, 10)
+    assert cut(x, torch.tensor([1, 4, 7]), 3).tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [11, 12, 13], [14, 15, 16], [17, 18, 19]]
 
 
 def test_losses_and_gradients_are_sums_over_micro_batches():
-    networks, (x, y), steps = networks_for(), batch(8), torch.tensor([0, 2, 6])
-    parameters = [*networks["updater"].parameters(), *networks["readout"].parameters()]
-    start = start_memory(networks, networks["encoder"].initial_memory(), x, 0).detach()
-    whole, pieces = [0] * len(parameters), [0] * len(parameters)
+    networks, (x, y), begins, runs, reads = networks_for(), batch(8), torch.tensor([0, 3]), torch.tensor([[1, 2]]), torch.tensor([2, 0])
+    counts = counts_of(cut(x, begins, 3), cut(y, begins, 3), runs, reads)
+    whole, pieces = [0] * len(trainable(networks)), [0] * len(trainable(networks))
     for n, sums in ((1, whole), (2, pieces)):
         for rows in torch.arange(8).chunk(n):
-            before, after, labels = roll_out_and_label(networks, start[rows], x[rows], 0, 7, steps)
-            loss, _ = dmt_loss(networks, before, after, labels, x[rows], y[rows], steps, counts_of(x, y, steps), SETTINGS)
-            sums[:] = [a + b for a, b in zip(sums, torch.autograd.grad(loss, parameters))]
+            loss = dmt_step(networks, x[rows], y[rows], begins, 3, runs, reads, counts=counts)["train_loss"]
+            sums[:] = [a + b for a, b in zip(sums, torch.autograd.grad(loss, trainable(networks)))]
     for a, b in zip(whole, pieces):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-10)
 
 
 def test_loss_is_finite_where_nothing_is_asked():
-    networks, (x, y), steps = networks_for(), batch(), torch.arange(7)
+    networks, (x, y) = networks_for(), batch()
     for rows in (x, torch.full_like(x, PAD)):
-        _, terms = dmt_step(networks, rows, torch.full_like(y, IGNORE), 0, 7, steps, SETTINGS)
-        assert terms["loss_read"] == 0 and all(bool(value.isfinite()) for value in terms.values())
+        terms = dmt_step(networks, rows, torch.full_like(y, IGNORE), AT_0, 7, TRIPLES, READS)
+        assert terms["loss_read"] == terms["loss_own"] == 0 and all(bool(value.isfinite()) for value in terms.values())
         assert rows is x or terms["loss_dyn"] == 0
 
 
-def test_windows_are_a_function_of_seed_and_step_and_cover_the_row_and_every_step():
-    settings = Config(label_stride=3, p_start=0.25)
-    drawn = [choose_window(settings, step, 20, 8) for step in range(400)]
-    assert all(begin == choose_window(settings, step, 20, 8)[0] for step, (begin, _) in enumerate(drawn))
-    assert {begin for begin, _ in drawn} == set(range(13))
-    assert 0.2 < sum(begin == 0 for begin, _ in drawn) / 400 < 0.45
-    assert {tuple(steps.tolist()) for _, steps in drawn} == {(0, 3, 6), (1, 4, 7), (2, 5)}
-    other = [choose_window(replace(settings, seed=5), step, 20, 8)[0] for step in range(400)]
-    assert other != [begin for begin, _ in drawn]
-    assert all(choose_window(replace(settings, p_start=1.0), step, 20, 8)[0] == 0 for step in range(50))
-    assert all(choose_window(replace(settings, persistent=True), step, 20, 8)[0] == 12 for step in range(50))
-    assert all(len(choose_window(replace(settings, label_stride=50), step, 20, 8)[1]) == 1 for step in range(50))
-    assert choose_window(replace(settings, label_stride=1), 3, 20, 20)[1].tolist() == list(range(20))
+# ---------------------------------------------------------------------------------------------------------------------
+# What a step is trained on
+
+@pytest.mark.parametrize("H, label_stride, expected", [
+    (220, 16, [16, 32, 64, 128, 220]), (256, 16, [16, 32, 64, 128, 256]), (8, 1, [1, 2, 4, 8]), (17, 16, [16, 17]), (16, 16, [16]),
+    (7, 16, [7]), (1, 1, [1])])
+@pytest.mark.parametrize("grow, iters", [(0.7, 600), (0.9, 97), (0.1, 100)])
+def test_horizon_doubles_from_the_label_stride_to_the_whole_for_as_many_iterations_each(H, label_stride, expected, grow, iters):
+    settings = Config(label_stride=label_stride, grow=grow, max_iters=iters)
+    horizons = [horizon_at(step, settings, H) for step in range(iters)]
+    assert horizons == sorted(horizons) and list(dict.fromkeys(horizons)) == expected
+    grown = sum(h < H for h in horizons)
+    assert grown == 0 if expected == [H] else abs(grown - grow * iters) < 1
+    times = [horizons.count(h) for h in expected[:-1]]
+    assert not times or max(times) - min(times) <= 1
+    assert {horizon_at(step, replace(settings, grow=0.0), H) for step in range(iters)} == {H}
 
 
-def test_overfitting_one_batch_drives_both_losses_near_their_floor():
-    """Rows without a common prefix from a learned start: the labels are a function of the state, the floor of both is 0."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("T, h, unroll, label_stride, updates", [
+    (20, 8, 1, 3, 1), (20, 8, 1, 1, 3), (20, 20, 1, 16, 1), (16, 16, 4, 4, 2), (19, 9, 2, 3, 2), (19, 13, 2, 2, 4), (7, 7, 3, 5, 9),
+    (12, 2, 4, 4, 2)])
+def test_roll_outs_and_runs_are_a_function_of_seed_and_step_disjoint_and_cover_the_row_and_every_step(T, h, unroll, label_stride, updates):
+    settings = Config(label_stride=label_stride, unroll=unroll, updates=updates, p_start=0.25)
+
+    def draw(step, **changes):
+        begins, pairs = choose_pairs(replace(settings, **changes), step, T, h)
+        return begins.tolist(), [(runs.tolist(), reads.tolist()) for runs, reads in pairs]
+
+    drawn = [draw(step) for step in range(200)]
+    assert drawn[:9] == [draw(step) for step in range(9)] != [draw(step, seed=5) for step in range(9)]
+    first = {begins[0] for begins, _ in drawn}
+    assert first == set(range(T % h + 1))
+    for begins, pairs in drawn:
+        assert begins == list(range(begins[0], begins[0] + T // h * h, h)) and begins[-1] + h <= T
+        runs = [run for some, _ in pairs for run in some]
+        assert len(pairs) == min(updates, len(runs)) and all(some and reads for some, reads in pairs)
+        assert all(run == list(range(run[0], run[0] + min(unroll, h))) for run in runs)
+        starts = sorted(run[0] for run in runs)
+        assert all(b - a == label_stride for a, b in zip(starts, starts[1:])) and starts[0] >= 0 and max(map(max, runs)) < h
+        assert sorted(i for _, reads in pairs for i in reads) == list(range(h))
+    assert {i for _, pairs in drawn for runs, _ in pairs for run in runs for i in run} == set(range(h))
+    assert all(draw(step, p_start=1.0)[0][0] == 0 for step in range(20))
+    if len(drawn[0][1]) > 1:                                                     # the shares are drawn at random, too
+        assert len({min(min(run) for run in pairs[0][0]) for _, pairs in drawn}) > 1
+
+
+def test_every_label_stride_th_step_has_a_label():
+    for h, label_stride, labelled in ((8, 1, {8}), (8, 3, {2}), (220, 16, {13}), (256, 16, {16}), (5, 16, {1})):
+        settings = Config(label_stride=label_stride)
+        assert {sum(len(runs) for runs, _ in choose_pairs(settings, step, h, h)[1]) for step in range(30)} == labelled
+
+
+def test_overfitting_one_batch_drives_the_losses_near_their_floor():
+    """Rows without a common prefix: the labels are a function of the state, the floor of all is 0."""
     networks = networks_for(updater="gru").float()
     x = torch.stack([torch.randperm(V) for _ in range(4)])
     y = torch.cat([x[:, 1:], torch.full((4, 1), IGNORE)], dim=1)
-    steps = torch.arange(5)
-    optimizer = torch.optim.Adam([*networks["updater"].parameters(), *networks["readout"].parameters()], lr=1e-2)
-    first = None
+    optimizer = torch.optim.Adam(trainable(networks), lr=1e-2)
+    first, settings = None, replace(SETTINGS, lambda_own=0.0)                      # the decoder is a random one
     for _ in range(250):
-        _, terms = dmt_step(networks, x, y, 0, 5, steps, SETTINGS)
+        terms = dmt_step(networks, x, y, AT_0, 5, torch.arange(5)[:, None], torch.arange(5), settings)
         first = first or {name: value.item() for name, value in terms.items()}
         optimizer.zero_grad()
         terms["train_loss"].backward()
@@ -189,14 +266,16 @@ def test_overfitting_one_batch_drives_both_losses_near_their_floor():
 # The script
 
 def run(folder, data_dir, source, *flags):
-    trained(train_dmt, *QUICK, f"--data_dir={data_dir}", f"--init_from={source}", f"--out_dir={folder}", *flags)
+    trained(train_dmt, *QUICK, *ROLL_OUTS, f"--data_dir={data_dir}", f"--init_from={source}", f"--out_dir={folder}", *flags)
     return torch.load(folder / "ckpt.pt", weights_only=True)
 
 
-def test_a_run_moves_updater_and_readout_and_nothing_else(tmp_path, data_dir, smt_run):
+@pytest.mark.parametrize("flags", [["--label_stride=2"], ["--label_stride=2", "--unroll=2", "--updates=2", "--lambda_own=1", "--grow=0.5"]],
+                         ids=["plain", "all"])
+def test_a_run_moves_updater_and_readout_and_nothing_else(tmp_path, data_dir, smt_run, flags):
     source = smt_run("retrieval")
     before = torch.load(source / "ckpt.pt", weights_only=True)
-    after = run(tmp_path, data_dir, source, "--dataset=retrieval", "--label_stride=2")
+    after = run(tmp_path, data_dir, source, "--dataset=retrieval", *flags)
     assert after["model"].keys() == before["model"].keys() and after["stage"] == "dmt"
     assert after["model_config"] == before["model_config"] and torch.equal(after["initial_memory"], before["initial_memory"])
     for name, weight in after["model"].items():
@@ -205,34 +284,65 @@ def test_a_run_moves_updater_and_readout_and_nothing_else(tmp_path, data_dir, sm
         assert torch.equal(weight, before["model"][name]) == frozen or unused, name
 
 
+def test_an_iteration_makes_as_many_steps_as_asked_for_each_with_its_share_of_one_roll_out(tmp_path, monkeypatch, data_dir, smt_run):
+    rolled, losses, steps = [], [], []
+    roll, loss, step = train_dmt.roll_out_and_label, train_dmt.dmt_loss, runtime.optimizer_step
+    monkeypatch.setattr(train_dmt, "roll_out_and_label", lambda *arguments: rolled.append(roll(*arguments)) or rolled[-1])
+    monkeypatch.setattr(train_dmt, "dmt_loss", lambda *arguments: losses.append(arguments[1:8]) or loss(*arguments))
+    monkeypatch.setattr(runtime, "optimizer_step", lambda optimizer, lr, clip: steps.append(lr) or step(optimizer, lr, clip))
+    run(tmp_path, data_dir, smt_run("retrieval"), "--dataset=retrieval", "--updates=3", "--label_stride=2", "--unroll=2", "--lambda_own=1")
+    assert len(rolled) == 4 and len(losses) == len(steps) == 12
+    for i, (before, after, labels) in enumerate(rolled):
+        shares = losses[3 * i:3 * i + 3]
+        runs = torch.cat([share[5] for share in shares])
+        assert sorted(runs.flatten().tolist()) == list(range(8)) == sorted(torch.cat([share[6] for share in shares]).tolist())
+        assert torch.equal(torch.cat([share[0] for share in shares], dim=1), before)
+        assert torch.equal(torch.cat([share[2] for share in shares], dim=1), labels)
+        assert all(torch.equal(share[1], after) for share in shares)
+        for place, first in enumerate(runs[:, 0].tolist()):
+            assert not first or torch.equal(before[:, place], after[:, first - 1])
+
+
+def test_a_growing_horizon_cuts_the_rows_into_pieces(tmp_path, monkeypatch, data_dir, smt_run):
+    shapes, roll = [], train_dmt.roll_out_and_label
+
+    def spy(networks, x, begins, h, runs, start):
+        result = roll(networks, x, begins, h, runs, start)
+        shapes.append((begins.tolist(), h, tuple(result[1].shape[:2])))
+        return result
+
+    monkeypatch.setattr(train_dmt, "roll_out_and_label", spy)
+    run(tmp_path, data_dir, smt_run("retrieval"), "--dataset=retrieval", "--grow=0.75", "--label_stride=2", "--p_start=1")
+    assert shapes == [([0, 2, 4, 6], 2, (64, 2)), ([0, 2, 4, 6], 2, (64, 2)), ([0, 4], 4, (32, 4)), ([0], 8, (16, 8))]
+
+
 def test_persistent_streams_go_on_where_they_ended_and_their_memory_with_them(tmp_path, monkeypatch, data_dir, smt_run):
     calls, roll = [], train_dmt.roll_out_and_label
 
-    def spy(networks, start, x, begin, horizon, steps):
-        result = roll(networks, start, x, begin, horizon, steps)
-        calls.append((start, x, begin, horizon, result[1]))
+    def spy(networks, x, begins, h, runs, start):
+        result = roll(networks, x, begins, h, runs, start)
+        calls.append((start, x, begins.tolist(), h, result[1]))
         return result
 
     monkeypatch.setattr(train_dmt, "roll_out_and_label", spy)
     last = run(tmp_path, data_dir, smt_run("fables"), "--dataset=fables", "--persistent", "--seq_len=100", "--horizon=60")
     fables = data.load("fables", data_dir)
     part = (len(fables.train.tokens) - 1) // 16
-    assert len(calls) == 4 and {(begin, horizon) for _, _, begin, horizon, _ in calls} == {(40, 60)}
-    for step, (start, x, _, _, _) in enumerate(calls):
+    assert len(calls) == 4 and all(begins == [40] and h == 60 for _, _, begins, h, _ in calls)
+    for step, (start, x, *_) in enumerate(calls):
         for row in range(16):                                                    # each stream in its own part of the text
             begin = row * part + step * 60
             assert torch.equal(x[row], fables.train.tokens[begin:begin + 100].long())
-        if step:
-            assert torch.equal(start, calls[step - 1][4][:, -1])
+        assert torch.equal(start, calls[step - 1][4][:, -1]) if step else start is None
     assert torch.equal(last["memory"], calls[-1][4][:, -1])
 
 
 def test_persistent_streams_begin_anew_from_the_encoder_when_their_part_ends(tmp_path, monkeypatch, data_dir, smt_run):
-    starts, roll = [], train_dmt.roll_out_and_label
+    calls, roll = [], train_dmt.roll_out_and_label
     monkeypatch.setattr(train_dmt, "roll_out_and_label",
-                        lambda networks, start, x, *rest: (starts.append((start, x)), roll(networks, start, x, *rest))[1])
+                        lambda networks, x, *more: (calls.append((more[-1], x)), roll(networks, x, *more))[1])
     run(tmp_path, data_dir, smt_run("fables"), "--dataset=fables", "--persistent", "--seq_len=200", "--horizon=150")
     part = (len(data.load("fables", data_dir).train.tokens) - 1) // 16
     steps = (part - 200) // 150 + 1
     assert 1 <= steps < 4
-    assert torch.equal(starts[0][1], starts[steps][1]) and torch.equal(starts[0][0], starts[steps][0])
+    assert torch.equal(calls[0][1], calls[steps][1]) and calls[0][0] is calls[steps][0] is None

@@ -7,13 +7,16 @@ from conftest import randomise
 
 import model
 import sample
-from model import Decoder, Encoder, ModelConfig, Readout, Updater, build, parameter_counts, restore, roll_out
+from model import Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, chain_flops, parameter_counts, restore, roll_out
 from runtime import DataError, UsageError
 
 V, T = 5, 7
 SMALL = dict(d_model=8, n_heads=2, memory_tokens=3, context_len=4, future_len=4, decoder_layers=2, readout_layers=2)
-KINDS = pytest.mark.parametrize("kind", ["window", "causal"])
 UPDATERS = pytest.mark.parametrize("kind", ["transformer", "mlp", "gru"])
+ENCODERS = pytest.mark.parametrize("changes", [
+    dict(encoder="window"), dict(encoder="window", conv_width=3), dict(encoder="causal"), dict(encoder="causal", register_layers=2),
+    dict(encoder="causal", encoder_layers=3, register_layers=2, conv_width=3)],
+    ids=["window", "window-convolution", "causal-1-of-2", "causal-2-of-2", "causal-2-of-3-convolution"])
 
 
 def config(**changes):
@@ -49,9 +52,24 @@ def turned(q, position):
     return torch.stack(out)
 
 
-def reference_transformer(transformer, h, positions, sees):
+def reference_stem(stem, x):
+    """The tokens of x (a list) embedded, each plus what the convolution makes of the last few up to it -> (n, d)."""
+    h, d = stem.embed.weight[x], stem.embed.weight.shape[1]
+    if stem.width == 1:
+        return h
+    out = []
+    for i in range(len(x)):
+        mixed = h[i]
+        for j in range(max(0, i + 1 - stem.width), i + 1):
+            begin = (j - i + stem.width - 1) * d                                   # the last part of the weights is for x_i itself
+            mixed = mixed + stem.mix.weight[:, begin:begin + d] @ h[j]
+        out.append(mixed)
+    return torch.stack(out)
+
+
+def reference_transformer(transformer, h, positions, sees, layers=slice(None)):
     """h (n, d); sees[i] lists the places that place i attends to."""
-    for block in transformer.blocks:
+    for block in transformer.blocks[layers]:
         q, k, v = (block.qkv.weight @ rms_norm(h, block.attention_norm.weight).T).T.chunk(3, dim=1)
         size, mixed = transformer.head_dim, []
         for i in range(len(h)):
@@ -74,45 +92,95 @@ def reference_memory(encoder, x, t):
     if encoder.kind == "window":
         past = ([encoder.pad] * Tc + x.tolist()[:t + 1])[-Tc:]
         places, positions = list(range(Tc + K)), list(range(Tc + K))
-        sees = [places] * len(places)
+        sees, joined, h = [places] * len(places), slice(None), reference_stem(encoder.embed, past)
     else:
         past = [encoder.pad] + x.tolist()                              # x_t sits at place t + 1
         trunk = list(range(len(past)))
         registers = list(range(len(past), len(past) + K))
         positions = trunk + [t + 2 + k for k in range(K)]
-        sees = [list(range(i + 1)) for i in trunk] + [[i for i in trunk if t + 1 - Tc < i <= t + 1] + registers] * K
-    h = torch.cat([encoder.embed.weight[past], encoder.registers])
-    return rms_norm(reference_transformer(encoder.transformer, h, positions, sees)[-K:])
+        sees = [list(range(i + 1)) for i in trunk]
+        alone, joined = slice(encoder.trunk_layers), slice(encoder.trunk_layers, None)
+        h = reference_transformer(encoder.transformer, reference_stem(encoder.embed, past), trunk, sees, alone)
+        sees = sees + [[i for i in trunk if t + 1 - Tc < i <= t + 1] + registers] * K
+    h = torch.cat([h, encoder.registers])
+    return rms_norm(reference_transformer(encoder.transformer, h, positions, sees, joined)[-K:])
 
 
-@KINDS
-@pytest.mark.parametrize("groups_per_call", [3, 16])
-def test_encoder_equals_a_plain_reference_for_every_position_and_so_do_its_gradients(kind, groups_per_call, monkeypatch):
-    monkeypatch.setattr(model, "GROUPS_PER_CALL", groups_per_call)                # of T + 1 = 8 groups
-    encoder = randomise(Encoder(config(encoder=kind), V))
-    x, t = tokens(2, T), torch.arange(-1, T)
+@ENCODERS
+def test_encoder_equals_a_plain_reference_for_every_position_and_so_do_its_gradients(changes, monkeypatch):
+    encoder = randomise(Encoder(config(**changes), V))
+    x, t = tokens(2, T), torch.randperm(T + 1) - 1
     weight = torch.randn(2, T + 1, 3, 8, dtype=torch.float64)
-    out = encoder(x, t)
-    expected = torch.stack([torch.stack([reference_memory(encoder, row, i) for i in t.tolist()]) for row in x])
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
     parameters = list(encoder.parameters())
-    for ours, theirs in zip(torch.autograd.grad((out * weight).sum(), parameters),
-                            torch.autograd.grad((expected * weight).sum(), parameters)):
-        assert theirs.abs().max() > 1e-3
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    expected = torch.stack([torch.stack([reference_memory(encoder, row, i) for i in t.tolist()]) for row in x])
+    gradients = torch.autograd.grad((expected * weight).sum(), parameters)
+    for groups_per_call in (3, 16):                                               # of T + 1 = 8 groups
+        monkeypatch.setattr(model, "GROUPS_PER_CALL", groups_per_call)
+        out = encoder(x, t)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+        for ours, theirs in zip(torch.autograd.grad((out * weight).sum(), parameters), gradients):
+            assert theirs.abs().max() > 1e-3
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_decoder_and_readout_equal_a_plain_reference():
-    decoder, readout = randomise(Decoder(config(), V)), randomise(Readout(config(), V), 1)
+@pytest.mark.parametrize("width", [2, 3, 9])
+def test_stem_equals_a_loop_over_the_last_tokens_and_so_do_its_gradients(width):
+    stem, x = randomise(Stem(V, 8, width)), tokens(2, T)
+    weight = torch.randn(2, T, 8, dtype=torch.float64)
+    out, expected = stem(x), torch.stack([reference_stem(stem, row.tolist()) for row in x])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad((value * weight).sum(), list(stem.parameters())) for value in (out, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert stem(x[:, :0]).shape == (2, 0, 8)
+
+
+def test_stem_sees_the_last_tokens_and_nothing_before_or_after_them():
+    stem, x = randomise(Stem(V, 8, 3)), tokens(1, T)
+    for i in range(T):
+        perturbed = x.clone()
+        perturbed[0, i] = (x[0, i] + 1) % V
+        moved = changed(stem(x)[0], stem(perturbed)[0])
+        assert moved[i:i + 3].min() > 1e-3 and not moved[:i].any() and not moved[i + 3:].any()
+
+
+def test_stem_of_width_1_is_a_plain_embedding():
+    stem, x = Stem(V, 8, 1), tokens(2, T)
+    assert [name for name, _ in stem.named_parameters()] == ["embed.weight"] and torch.equal(stem(x), stem.embed.weight[x])
+
+
+def test_attention_can_choose_from_the_start():
+    block = Block(64, 4)
+    q, k, _ = block.qkv(rms_norm(torch.randn(500, 64))).view(500, 3, 4, 16).permute(1, 2, 0, 3)
+    logits = q @ k.transpose(1, 2) / 4
+    assert 0.8 < logits.std() < 1.25, logits.std()
+
+
+@pytest.mark.parametrize("conv_width", [1, 3])
+def test_decoder_and_readout_equal_a_plain_reference(conv_width):
+    decoder, readout = randomise(Decoder(config(conv_width=conv_width), V)), randomise(Readout(config(), V), 1)
     memory, x = memories(2), tokens(2, 3)
     for row in range(2):
-        h = torch.cat([memory[row], decoder.embed.weight[x[row]]])
+        h = torch.cat([memory[row], reference_stem(decoder.embed, x[row].tolist())])
         h = reference_transformer(decoder.transformer, h, range(6), [list(range(i + 1)) for i in range(6)])
         logits = rms_norm(h[2:], decoder.norm.weight) @ decoder.head.weight.T
         torch.testing.assert_close(decoder(memory, x)[row], logits, rtol=0, atol=1e-5)
         h = reference_transformer(readout.transformer, memory[row], range(3), [[0, 1, 2]] * 3)
         logits = readout.head.weight @ rms_norm(h[-1], readout.norm.weight)
         torch.testing.assert_close(readout(memory)[row], logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("conv_width", [1, 3])
+@pytest.mark.parametrize("memory_tokens", [1, 3])
+def test_decoder_without_a_future_has_the_first_output_of_one_with_a_future_and_its_gradient(layers, conv_width, memory_tokens):
+    settings = config(decoder_layers=layers, conv_width=conv_width, memory_tokens=memory_tokens)
+    decoder, x = randomise(Decoder(settings, V)), tokens(2, 3)
+    memory = torch.randn(2, memory_tokens, 8, dtype=torch.float64, requires_grad=True)
+    first, alone = decoder(memory, x)[:, :1], decoder(memory, x[:, :0])
+    assert alone.shape == (2, 1, V)
+    torch.testing.assert_close(alone, first, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(logits.square().sum(), memory)[0] for logits in (alone, first))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
 @UPDATERS
@@ -140,9 +208,9 @@ def test_updater_equals_a_plain_reference(kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # What must not be seen
 
-@KINDS
-def test_memory_depends_on_all_of_the_past_it_reads_and_on_nothing_after_t(kind):
-    encoder = randomise(Encoder(config(encoder=kind, context_len=T), V))
+@ENCODERS
+def test_memory_depends_on_all_of_the_past_it_reads_and_on_nothing_after_t(changes):
+    encoder = randomise(Encoder(config(**changes, context_len=T), V))
     x, t = tokens(1, T), torch.arange(-1, T)
     before = encoder(x, t)[0]
     for i in range(T):
@@ -154,58 +222,86 @@ def test_memory_depends_on_all_of_the_past_it_reads_and_on_nothing_after_t(kind)
             assert moved[t >= i].min() > 1e-4, "the memory misses a token of its past"
 
 
-@KINDS
-def test_tokens_before_the_window_are_not_read(kind):
+@pytest.mark.parametrize("kind, layers, conv_width", [("window", 1, 1), ("window", 2, 3), ("causal", 1, 1), ("causal", 2, 1)])
+def test_tokens_before_the_window_are_not_read(kind, layers, conv_width):
     """The causal kind's registers read nothing before it; its trunk may carry older tokens into it from layer to layer."""
     x, t = tokens(1, T), torch.arange(-1, T)
-    for layers in (1, 2):
-        encoder = randomise(Encoder(config(encoder=kind, encoder_layers=layers), V))
-        for i in range(T):
-            perturbed = x.clone()
-            perturbed[0, i] = (x[0, i] + 1) % V
-            moved = changed(encoder(x, t)[0], encoder(perturbed, t)[0])
-            inside, gone = moved[(t >= i) & (t < i + 4)], moved[t >= i + 4]
-            assert inside.min() > 1e-4
-            if kind == "window" or layers == 1:
-                assert not len(gone) or gone.max() < 1e-12
-            else:
-                assert not len(gone) or gone.min() > 1e-9
+    encoder = randomise(Encoder(config(encoder=kind, encoder_layers=layers, conv_width=conv_width), V))
+    for i in range(T):
+        perturbed = x.clone()
+        perturbed[0, i] = (x[0, i] + 1) % V
+        moved = changed(encoder(x, t)[0], encoder(perturbed, t)[0])
+        inside, gone = moved[(t >= i) & (t < i + 4)], moved[t >= i + 4]
+        assert inside.min() > 1e-4
+        if kind == "window" or layers == 1:
+            assert not len(gone) or gone.max() < 1e-12
+        else:
+            assert not len(gone) or gone.min() > 1e-9
 
 
-@KINDS
-def test_memory_is_the_same_whichever_other_positions_are_asked_for(kind):
-    encoder = randomise(Encoder(config(encoder=kind), V))
+@pytest.mark.parametrize("register_layers", [1, 2, 3])
+def test_registers_read_the_last_tokens_of_the_trunk_up_to_t(register_layers):
+    """Where they join earlier, the trunk's own layers may carry older tokens into what they read; nothing carries later ones."""
+    encoder = randomise(Encoder(config(encoder="causal", encoder_layers=3, register_layers=register_layers), V))
+    t = torch.arange(-1, T)
+    trunk = encoder.trunk(tokens(1, T)).detach()
+    before = encoder.remember(trunk, t)[0]
+    for place in range(T + 1):
+        perturbed = trunk.clone()
+        perturbed[:, place] += torch.randn(8, dtype=torch.float64)
+        moved = changed(before, encoder.remember(perturbed, t)[0])
+        assert t[moved > 1e-12].tolist() == list(range(place - 1, min(place + 3, T) if register_layers == 1 else T))
+
+
+def test_trunk_is_causal_and_begins_with_nothing_read():
+    encoder = randomise(Encoder(config(encoder="causal", encoder_layers=3, conv_width=3), V))
+    x = tokens(2, 3 * T)                                                          # a row may be longer than what registers read
+    whole = encoder.trunk(x)
+    assert whole.shape == (2, 3 * T + 1, 8)
+    for length in range(3 * T):
+        torch.testing.assert_close(encoder.trunk(x[:, :length]), whole[:, :length + 1], rtol=0, atol=1e-12)
+
+
+@ENCODERS
+def test_memory_is_the_same_whichever_other_positions_are_asked_for_and_in_whatever_order(changes):
+    encoder = randomise(Encoder(config(**changes), V))
     x, t = tokens(2, T), torch.arange(-1, T)
     together = encoder(x, t)
     for i in t.tolist():
         torch.testing.assert_close(encoder(x, torch.tensor([i]))[:, 0], together[:, i + 1], rtol=0, atol=1e-12)
-    for some in (torch.tensor([6, -1, 3, 3, 0]), torch.tensor([6, -1, 3, 3, 0] * 4)):         # the causal kind's in one call, in two
+    few = torch.tensor([6, -1, 3, 3, 0])
+    for some in (few, few.repeat(4), few.repeat_interleave(7), t.flip(0)):                    # the causal kind's in one call or in more
         torch.testing.assert_close(encoder(x, some), together[:, some + 1], rtol=0, atol=1e-12)
+    if encoder.kind == "causal":
+        assert torch.equal(encoder(x, few, encoder.trunk(x)), encoder(x, few))
 
 
-@KINDS
-def test_empty_memory_is_the_memory_before_the_first_token_of_any_row(kind):
-    encoder = randomise(Encoder(config(encoder=kind), V))
+@ENCODERS
+def test_empty_memory_is_the_memory_before_the_first_token_of_any_row(changes):
+    encoder = randomise(Encoder(config(**changes), V))
     empty = encoder.initial_memory()
     assert empty.shape == (3, 8)
     for length in (1, 3, T):
-        memory = encoder(tokens(2, length), torch.tensor([-1]))
-        torch.testing.assert_close(memory, empty.expand(2, 1, 3, 8), rtol=0, atol=1e-12)
-    if kind == "window":                                                          # m_empty = E([PAD] * Tc)
+        for t in ([-1], [length - 1, -1, 0]):
+            memory = encoder(tokens(2, length), torch.tensor(t))[:, t.index(-1)]
+            torch.testing.assert_close(memory, empty.expand(2, 3, 8), rtol=0, atol=1e-12)
+    if encoder.kind == "window":                                                  # m_empty = E([PAD] * Tc)
         torch.testing.assert_close(encoder(torch.full((1, 4), V), torch.tensor([3]))[0, 0], empty, rtol=0, atol=1e-12)
 
 
-def test_a_short_past_is_the_same_as_a_past_with_pad_before_it():
-    encoder = randomise(Encoder(config(), V))
+@pytest.mark.parametrize("conv_width", [1, 3])
+def test_a_short_past_is_the_same_as_a_past_with_pad_before_it(conv_width):
+    encoder = randomise(Encoder(config(conv_width=conv_width), V))
     x = tokens(1, T)
     padded = torch.cat([torch.full((1, 9), V), x], dim=1)
     for t in range(-1, T):
         torch.testing.assert_close(encoder(x, torch.tensor([t])), encoder(padded, torch.tensor([t + 9])), rtol=0, atol=1e-12)
 
 
-def test_decoder_never_sees_the_token_it_predicts():
+@pytest.mark.parametrize("conv_width", [1, 3])
+def test_decoder_never_sees_the_token_it_predicts(conv_width):
     """The output at place i predicts y_{t+i} = x_{t+i+1}, which is input i: it may see the inputs before i only."""
-    decoder = randomise(Decoder(config(future_len=6), V))
+    decoder = randomise(Decoder(config(future_len=6, conv_width=conv_width), V))
     memory, x = memories(1), tokens(1, 5)
     before = decoder(memory, x)[0]
     assert before.shape == (6, V)
@@ -217,10 +313,10 @@ def test_decoder_never_sees_the_token_it_predicts():
             assert moved[:i + 1].max() < 1e-12 and moved[i + 1:].min() > 1e-6
 
 
-@KINDS
-def test_no_prediction_sees_its_target_from_the_row_to_the_logits(kind):
+@ENCODERS
+def test_no_prediction_sees_its_target_from_the_row_to_the_logits(changes):
     from train_smt import futures
-    networks = randomise(build(config(encoder=kind, context_len=T), V))
+    networks = randomise(build(config(**changes, context_len=T), V))
     t = torch.arange(T)
     ahead = t[:, None] + torch.arange(4)                                          # the logits (t, i) predict y_{t+i} = x_{t+i+1}
 
@@ -229,10 +325,11 @@ def test_no_prediction_sees_its_target_from_the_row_to_the_logits(kind):
         return networks["decoder"](networks["encoder"](x, t).flatten(0, 1), future_x.flatten(0, 1))
 
     x = tokens(1, T)
+    before = logits(x)
     for s in range(T):
         perturbed = x.clone()
         perturbed[0, s] = (x[0, s] + 1) % V
-        moved = (logits(x) - logits(perturbed)).abs().amax(-1)
+        moved = (before - logits(perturbed)).abs().amax(-1)
         assert moved[ahead < s].numel() == 0 or moved[ahead < s].max() < 1e-12
         assert moved[ahead >= s].min() > 1e-7
 
@@ -299,6 +396,8 @@ def test_transformer_updater_begins_as_the_identity():
 @pytest.mark.parametrize("changes, message", [
     (dict(d_model=12, n_heads=4), "d_model=12 must be a multiple of 2 x n_heads = 8"),
     (dict(memory_tokens=0), "memory_tokens must be at least 1"), (dict(future_len=0), "future_len must be at least 1"),
+    (dict(conv_width=0), "conv_width must be at least 1"), (dict(register_layers=0), "register_layers must be at least 1"),
+    (dict(encoder_layers=2, register_layers=3), "register_layers=3 is more than --encoder_layers=2"),
     (dict(encoder="bert"), "encoder is one of window, causal, not 'bert'"),
     (dict(updater="lstm"), "updater is one of transformer, mlp, gru, not 'lstm'")])
 def test_sizes_that_make_no_sense_are_refused(changes, message):
@@ -324,6 +423,7 @@ def test_a_checkpoint_restores_the_same_functions(names):
 @pytest.mark.parametrize("change", [
     lambda c: c["model_config"].update(d_model=16), lambda c: c["model_config"].update(updater="gru"),
     lambda c: c["model_config"].update(updater_layers=3), lambda c: c["model_config"].update(width=3),
+    lambda c: c["model_config"].update(conv_width=3),
     lambda c: c["model_config"].update(n_heads=3), lambda c: c["model"].pop("updater.embed.weight"),
     lambda c: c.update(initial_memory=torch.ones(2, 8)), lambda c: c.update(data={}),
     lambda c: c.update(model={"updater.extra": torch.ones(2)})])
@@ -339,3 +439,10 @@ def test_parameters_are_counted():
     networks = build(config(), V, ("updater", "readout"))
     total = sum(p.numel() for p in networks.parameters())
     assert parameter_counts(networks).endswith(f"in all {total:,}") and "readout" in parameter_counts(networks)
+
+
+@pytest.mark.parametrize("conv_width", [1, 3])
+def test_longest_chain_goes_through_every_matrix_once_and_looks_embeddings_up(conv_width):
+    for name, network in build(config(conv_width=conv_width), V).items():
+        linear = [m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear)]
+        assert len(linear) > 4 and chain_flops(network) == 2 * sum(linear), name

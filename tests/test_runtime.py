@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIRS, QUICK, SIZES, TRANSFORMER_SIZES, call, trained
+from conftest import PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZES, call, trained
 
 import data
 import evaluate
@@ -30,11 +30,14 @@ ROOT = Path(runtime.__file__).parent
 TRAIN = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
 SCRIPTS = pytest.mark.parametrize("script", [*TRAIN.values(), sample, data, evaluate], ids=lambda s: s.__name__)
 TIMED = ("seconds", "tokens_per_second")
+ALL_OF_SMT = ("--encoder=causal --encoder_layers=2 --conv_width=3 --positions=0 --unroll=2 --trunk_iters={} "
+              "--lambda_near=1 --lambda_own=1 --lambda_trunk=1").format
+ALL_OF_DMT = "--updates=2 --unroll=2 --label_stride=2 --grow=0.5 --lambda_own=1".split()
 
 
 def flags(stage, data_dir, smt_run, out, dataset="retrieval"):
     more = {"smt": [*SIZES, *PAIRS], "bptt": [*SIZES, "--seq_len=8"],
-            "dmt": [f"--init_from={smt_run(dataset)}", "--seq_len=8"], "transformer": [*TRANSFORMER_SIZES, "--seq_len=8"]}
+            "dmt": [*ROLL_OUTS, f"--init_from={smt_run(dataset)}", "--seq_len=8"], "transformer": [*TRANSFORMER_SIZES, "--seq_len=8"]}
     return [*QUICK, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={out}", *more[stage]]
 
 
@@ -116,10 +119,21 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
 
 @pytest.mark.parametrize("script, argument, message", [
     (train_smt, "--d_model=20 --n_heads=4", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
-    (train_smt, "--encoder=bidirectional", "--encoder is one of window, causal"), (train_smt, "--positions=0", "--positions"),
-    (train_smt, "--positions=4 --run_length=3", "--run_length"), (train_bptt, "--updater=lstm", "--updater is one of"),
-    (train_bptt, "--truncate=-1", "--truncate"), (train_dmt, "--horizon=-1", "--horizon"),
-    (train_dmt, "--label_stride=0", "--label_stride"),
+    (train_smt, "--encoder=bidirectional", "--encoder is one of window, causal"), (train_smt, "--positions=-1", "--positions"),
+    (train_smt, "--register_layers=9 --encoder_layers=2", "--register_layers=9 is more than --encoder_layers=2"),
+    (train_smt, "--conv_width=0", "--conv_width must be at least 1"), (train_smt, "--decode_every=0", "--decode_every"),
+    (train_smt, "--positions=4 --decode_every=5 --unroll=1", "--decode_every"), (train_smt, "--unroll=0", "--unroll"),
+    (train_smt, "--positions=4 --decode_every=1 --unroll=2", "--positions=0"),
+    (train_smt, "--encoder=window --trunk_iters=0 --lambda_trunk=1", "are for --encoder=causal"),
+    (train_smt, "--encoder=window --trunk_iters=50 --lambda_trunk=0", "are for --encoder=causal"),
+    (train_smt, "--encoder=causal --trunk_iters=15 --log_interval=10", "--trunk_iters=15 must be a multiple of --log_interval=10"),
+    (train_smt, "--encoder=causal --trunk_iters=20 --max_iters=10", "--trunk_iters=20 are the first of --max_iters=10"),
+    (train_smt, "--encoder=causal --trunk_iters=-10 --log_interval=10", "--trunk_iters=-10"),
+    (train_bptt, "--updater=lstm", "--updater is one of"), (train_bptt, "--truncate=-1", "--truncate"),
+    (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0 --unroll=1", "--label_stride"),
+    (train_dmt, "--label_stride=2 --unroll=3", "--label_stride=2 is at least 1 and at least --unroll=3"),
+    (train_dmt, "--unroll=0", "--unroll"), (train_dmt, "--updates=0", "--updates"), (train_dmt, "--grow=1.5", "--grow"),
+    (train_dmt, "--persistent --grow=0.5", "--persistent streams have one horizon"),
     (train_transformer, "--d_model=20", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
     (train_transformer, "--context_len=0", "--context_len must be at least 1"), (train_transformer, "--seq_len=-1", "--seq_len"),
     (sample, "--temperature=-1", "--temperature"), (sample, "--keep=2", "--keep"), (sample, "--max_new_tokens=0", "--max_new_tokens")])
@@ -195,9 +209,10 @@ def stop_after(monkeypatch, steps, number):
 
 
 @pytest.mark.parametrize("stage, dataset, more", [
-    ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]), ("bptt", "fables", []),
-    ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []), ("dmt", "fables", ["--persistent", "--horizon=3"]),
-    ("dmt", "fables", ["--through_time", "--p_start=0"])])
+    ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]),
+    ("smt", "fables", ALL_OF_SMT(2).split()), ("smt", "fables", ALL_OF_SMT(4).split()),      # a stop after the trunk's phase, and in it
+    ("bptt", "fables", []), ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []),
+    ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", [*ALL_OF_DMT, "--p_start=0"])])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(tmp_path, monkeypatch, data_dir, smt_run, stage,
                                                                                dataset, more, number):
@@ -229,7 +244,8 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path, data_di
 def test_resuming_needs_a_checkpoint_of_the_same_stage_and_architecture(tmp_path, data_dir, smt_run):
     refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "none"), "--resume"), 1, "there is no", "ckpt.pt")
     shutil.copytree(smt_run("retrieval"), tmp_path / "run")
-    for change in ("--d_model=16", "--updater_layers=2", "--n_heads=1", "--updater=gru", "--encoder=causal", "--context_len=9"):
+    for change in ("--d_model=16", "--updater_layers=2", "--n_heads=1", "--updater=gru", "--encoder=causal", "--context_len=9",
+                   "--conv_width=2"):
         refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), change, "--resume"), 1, "another architecture")
     for stage in ("bptt", "dmt", "transformer"):
         refused(call(TRAIN[stage], *flags(stage, data_dir, smt_run, tmp_path / "run"), "--resume"), 1, "is of another stage, smt")
@@ -427,7 +443,30 @@ def test_any_whole_number_is_a_seed(tmp_path, data_dir, smt_run, seed):
 
 
 def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
-    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=9", "--run_length=9"), 2, "--run_length=9")
+    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=0", "--unroll=9"), 2, "--unroll=9", "8 tokens")
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=0", "--unroll=8")
+
+
+def test_the_first_iterations_train_the_trunk_alone_and_no_log_line_averages_both(tmp_path, data_dir, smt_run):
+    kept = ("encoder.registers", "encoder.transformer.blocks.1", "decoder.embed", "decoder.transformer", "updater", "readout")
+    plain = [*flags("smt", data_dir, smt_run, tmp_path), "--log_interval=2", "--eval_interval=2"]
+    arguments = [*plain, *ALL_OF_SMT(4).split()]
+    trained(train_smt, *plain, *ALL_OF_SMT(2).split(), "--max_iters=2")
+    first = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    trained(train_smt, *arguments, "--max_iters=8", "--resume")
+    lines = [line for line in metrics(tmp_path) if "train_loss" in line]
+    terms = [{name.removeprefix("loss_") for name in line if name.startswith("loss_")} for line in lines]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec", "near", "own", "dyn", "unif", "read"}] * 2
+    assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
+    trained(train_smt, *arguments, "--max_iters=4")
+    second = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]) == name.startswith(kept) or "embed.embed" in name, name
+
+
+def test_a_trunk_reads_rows_and_documents_longer_than_its_registers_do(tmp_path, data_dir, smt_run):
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path, "fables"), *ALL_OF_SMT(0).split(), "--seq_len=20", "--eval_len=30")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,11 +502,12 @@ runtime.run_main(main)
 
 def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_dir, smt_run):
     """All pairs of runs of the same global batch; the two processes talk through gloo."""
-    cases = {"smt": flags("smt", data_dir, smt_run, "") + ["--seq_len=16", "--lambda_unif=0.1", "--dataset=fables"],
-             "dmt": flags("dmt", data_dir, smt_run, "", "fables") + ["--seq_len=16", "--horizon=6", "--persistent"],
-             "transformer": flags("transformer", data_dir, smt_run, "", "fables") + ["--seq_len=16"]}
+    more = {"smt": ["--lambda_unif=0.1"], "smt-all": [*ALL_OF_SMT(2).split(), "--lambda_unif=0.1"], "dmt": ["--horizon=6", "--persistent"],
+            "dmt-all": ALL_OF_DMT, "transformer": []}
+    stages = {name: name.split("-")[0] for name in more}
+    cases = {name: [*flags(stages[name], data_dir, smt_run, "", "fables"), "--seq_len=16", *some] for name, some in more.items()}
     (tmp_path / "driver.py").write_text(DRIVER)
-    lines = [" ".join([name, *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-2"]) for name, case in cases.items()]
+    lines = [" ".join([stages[name], *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-2"]) for name, case in cases.items()]
     (tmp_path / "runs").write_text("\n".join(lines))
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py",
                              tmp_path / "runs"], capture_output=True, text=True, timeout=120,
@@ -476,7 +516,7 @@ def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_di
     assert "2 processes" in result.stdout and result.stdout.count("step      4  ") == 2 * len(cases)
     for name, case in cases.items():
         for kind, more in (("1", []), ("accumulated", ["--grad_accum=2"])):
-            trained(TRAIN[name], *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-{kind}", *more)
+            trained(TRAIN[stages[name]], *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-{kind}", *more)
         one = checkpoint(Path(f"{tmp_path / name}-1"))
         assert name != "dmt" or one[".memory"].shape[0] == 16
         for kind in ("2", "accumulated"):

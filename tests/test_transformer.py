@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, TRANSFORMER_SIZES, call, randomise, trained
-from test_model import reference_transformer, rms_norm
+from test_model import reference_stem, reference_transformer, rms_norm
 
 import data
 import evaluate as evaluation
@@ -18,10 +18,12 @@ from train_transformer import Config, step_flops, transformer_loss
 
 V, PAD, T = 5, 5, 9
 WINDOWS = pytest.mark.parametrize("context_len", [1, 4, T, 50])     # shorter than a row, as long, longer
+WIDTHS = pytest.mark.parametrize("conv_width", [1, 4])
 
 
-def networks_for(context_len=4, d_model=8):
-    return randomise(build(ModelConfig(d_model=d_model, n_heads=2, decoder_layers=2, context_len=context_len), V, ("decoder",)))
+def networks_for(context_len=4, d_model=8, conv_width=1):
+    settings = ModelConfig(d_model=d_model, n_heads=2, decoder_layers=2, context_len=context_len, conv_width=conv_width)
+    return randomise(build(settings, V, ("decoder",)))
 
 
 def batch(B=2):
@@ -39,7 +41,7 @@ def gradients(networks, *arguments):
 def reference_logits(decoder, row):
     """The logits (n, V) of one row (n,): each place attends to itself and to the context_len - 1 places before it."""
     sees = [range(max(0, i + 1 - decoder.context_len), i + 1) for i in range(len(row))]
-    h = reference_transformer(decoder.transformer, decoder.embed.weight[row], range(len(row)), sees)
+    h = reference_transformer(decoder.transformer, reference_stem(decoder.embed, row.tolist()), range(len(row)), sees)
     return rms_norm(h, decoder.norm.weight) @ decoder.head.weight.T
 
 
@@ -47,8 +49,9 @@ def reference_logits(decoder, row):
 # The loss
 
 @WINDOWS
-def test_loss_and_gradients_equal_a_plain_reference(context_len):
-    networks, (x, y, count) = networks_for(context_len), batch()
+@WIDTHS
+def test_loss_and_gradients_equal_a_plain_reference(context_len, conv_width):
+    networks, (x, y, count) = networks_for(context_len, conv_width=conv_width), batch()
     terms = []
     for b in range(2):
         logits = reference_logits(networks["decoder"], x[b])
@@ -96,22 +99,24 @@ def test_overfitting_one_batch_drives_the_loss_near_its_floor():
 # What it sees
 
 @WINDOWS
-def test_no_output_sees_the_token_it_predicts_or_a_later_one_and_each_sees_its_context(context_len):
-    """The output at i predicts y_i = x_{i+1}; through two layers it sees x_i and the 2 (context_len - 1) tokens before it."""
-    decoder, x = networks_for(context_len)["decoder"], torch.randint(V, (1, T))
+@WIDTHS
+def test_no_output_sees_the_token_it_predicts_or_a_later_one_and_each_sees_its_context(context_len, conv_width):
+    """The output at i predicts y_i = x_{i+1}; through convolution and two layers it sees as many tokens back as these reach."""
+    decoder, x = networks_for(context_len, conv_width=conv_width)["decoder"], torch.randint(V, (1, T))
     before, _ = decoder.read(x)
     for i in range(T):
         for other in (PAD, (x[0, i] + 1) % V):
             perturbed = x.clone()
             perturbed[0, i] = other
             moved = (decoder.read(perturbed)[0] - before)[0].abs().amax(-1)
-            reach = i + 1 + 2 * (context_len - 1)
+            reach = i + conv_width + 2 * (context_len - 1)
             assert moved[i:reach].min() > 1e-6 and not moved[:i].any()
             assert not len(moved[reach:]) or moved[reach:].max() < 1e-12
 
 
-def test_pad_after_the_end_and_other_rows_change_nothing():
-    networks, (x, y, count) = networks_for(), batch()
+@WIDTHS
+def test_pad_after_the_end_and_other_rows_change_nothing(conv_width):
+    networks, (x, y, count) = networks_for(conv_width=conv_width), batch()
     decoder = networks["decoder"]
     whole, _ = decoder.read(x)
     torch.testing.assert_close(decoder.read(x[1:, :6])[0][0], whole[1, :6], rtol=0, atol=1e-12)
@@ -122,21 +127,25 @@ def test_pad_after_the_end_and_other_rows_change_nothing():
 
 
 @WINDOWS
+@WIDTHS
 @pytest.mark.parametrize("pieces", [[1] * T, [T - 1, 1], [2, 5, 2], [1, 8]])
-def test_a_text_read_in_pieces_has_the_logits_of_the_whole(context_len, pieces):
-    decoder, x = networks_for(context_len)["decoder"], torch.randint(V, (3, T))
+def test_a_text_read_in_pieces_has_the_logits_of_the_whole(context_len, conv_width, pieces):
+    decoder, x = networks_for(context_len, conv_width=conv_width)["decoder"], torch.randint(V, (3, T))
     whole, _ = decoder.read(x)
-    logits, past = [], (0, ())
+    logits, past = [], None
     for piece in x.split(pieces, dim=1):
         part, past = decoder.read(piece, past)
         logits.append(part)
-        assert all(k.shape == v.shape == (3, 2, min(past[0], context_len), 4) for k, v in past[1])     # no more is kept
-    assert past[0] == T and len(past[1]) == 2
+        begin, recent, cached = past                                                                  # no more than is needed is kept
+        assert len(cached) == 2 and all(k.shape == v.shape == (3, 2, min(begin, context_len), 4) for k, v in cached)
+        assert torch.equal(recent, x[:, max(0, begin - conv_width):begin])
+    assert begin == T
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-12)
 
 
-def test_sampling_predicts_what_the_whole_text_predicts():
-    networks, empty, x = networks_for(), torch.empty(0, 8), torch.randint(V, (3, T))
+@WIDTHS
+def test_sampling_predicts_what_the_whole_text_predicts(conv_width):
+    networks, empty, x = networks_for(conv_width=conv_width), torch.empty(0, 8), torch.randint(V, (3, T))
     whole, _ = networks["decoder"].read(x)
     memory = sample.begin(networks, empty, 3)
     for i in range(T):
