@@ -127,7 +127,7 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
     (train_smt, "--encoder=window --trunk_iters=0 --lambda_trunk=1", "are for --encoder=causal"),
     (train_smt, "--encoder=window --trunk_iters=50 --lambda_trunk=0", "are for --encoder=causal"),
     (train_smt, "--encoder=causal --trunk_iters=15 --log_interval=10", "--trunk_iters=15 must be a multiple of --log_interval=10"),
-    (train_smt, "--encoder=causal --trunk_iters=20 --max_iters=10", "--trunk_iters=20 are the first of --max_iters=10"),
+    (train_smt, "--encoder=causal --trunk_iters=100 --max_iters=50", "--trunk_iters=100 are the first of --max_iters=50"),
     (train_smt, "--encoder=causal --trunk_iters=-10 --log_interval=10", "--trunk_iters=-10"),
     (train_bptt, "--updater=lstm", "--updater is one of"), (train_bptt, "--truncate=-1", "--truncate"),
     (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0 --unroll=1", "--label_stride"),
@@ -531,7 +531,7 @@ def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_di
 
 
 @pytest.mark.parametrize("path", ["README.md", *(f"{name}.py" for name in
-                                  ("data", *(script.__name__ for script in TRAIN.values()), "sample", "evaluate"))])
+                                  ("data", *(script.__name__ for script in TRAIN.values()), "sample", "evaluate", "bench"))])
 def test_every_documented_command_is_one_that_its_script_takes(path):
     text = (ROOT / path).read_text()
     text = text if path == "README.md" else text.split('"""')[1]
