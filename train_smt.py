@@ -64,7 +64,7 @@ PRESETS = {
     "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=4, encoder_layers=3, decoder_layers=1, updater_layers=2,
                  readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=0, decode_every=10, unroll=16, p_start=0.9,
                  trunk_iters=1000, lambda_near=1.0, lambda_own=1.0, lambda_trunk=1.0, lambda_dyn=1.0, lambda_unif=0.1,
-                 batch_size=4, max_iters=2800, lr=3e-3, eval_interval=500, log_interval=50),
+                 batch_size=4, max_iters=2700, lr=3e-3, eval_interval=500, log_interval=50),
     "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=2000, max_iters=5000),
     "tiny/text": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5),
     "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=2, updater_layers=4,
