@@ -365,7 +365,8 @@ def begin(run, config, data, networks, optimizer):
     elif config.init_from:
         checkpoint = load(config.init_from, run.device)
         check_data(checkpoint, data)
-        check_architecture(checkpoint, config, ["n_heads", "register_layers"], config.init_from)     # what no shape shows
+        no_shape_shows = ["n_heads"] + ["register_layers"] * ("encoder" in networks)
+        check_architecture(checkpoint, config, no_shape_shows, config.init_from)
         load_weights(networks, {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, config.init_from)
     if run.is_main:
         try:
