@@ -32,7 +32,7 @@ class Config(ModelConfig, RunConfig):
     positions: int = 1              # positions S of each row that get a memory, drawn anew each step; 0: all of them
     decode_every: int = 1           # a long future is decoded at one in so many of these positions
     unroll: int = 1                 # steps of the transition in a row between two memories of the encoder; more need --positions=0
-    trunk_iters: int = 0            # the first iterations train the causal encoder's trunk alone, as a language model
+    trunk_iters: int = 0            # first iterations that train the causal encoder's trunk alone, as a language model; half of them at most
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
     lambda_near: float = 0.0        # extra weight of the decoder's first target, which it predicts from the memory alone
@@ -54,10 +54,8 @@ class Config(ModelConfig, RunConfig):
             raise UsageError("--unroll is at least 1; more than 1 needs the memories of all positions, --positions=0")
         if (self.lambda_trunk or self.trunk_iters) and self.encoder != "causal":
             raise UsageError("--lambda_trunk and --trunk_iters are for --encoder=causal: the window encoder has no trunk that could predict")
-        if self.trunk_iters % self.log_interval:
-            raise UsageError(f"--trunk_iters={self.trunk_iters} must be a multiple of --log_interval={self.log_interval}: no line averages both")
-        if not 0 <= self.trunk_iters <= self.max_iters:
-            raise UsageError(f"--trunk_iters={self.trunk_iters} are the first of --max_iters={self.max_iters}: they cannot be more")
+        if self.trunk_iters < 0:
+            raise UsageError(f"--trunk_iters={self.trunk_iters} must not be negative")
 
 
 PRESETS = {
@@ -131,6 +129,12 @@ def trunk_loss(networks, trunk, y, count):
     trunk (B, T+1, d) as of Encoder.trunk, y (B, T). These rows' share of the mean over the global batch, which has `count` targets.
     """
     return cross_entropy(networks["decoder"].predict(trunk[:, 1:]), y) / count.clamp(min=1)
+
+
+def trunk_phase(config):
+    """How many first iterations train the trunk alone: half of a short run at most, in whole log lines, so that none averages both."""
+    most = min(config.trunk_iters, config.max_iters // 2)
+    return most - most % config.log_interval
 
 
 def smt_loss(networks, x, y, t, counts, config):
@@ -239,11 +243,12 @@ def main():
         if last:
             break
 
+        trunk_alone = step < trunk_phase(config)
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, S, config.p_start, run.rank, run.world_size)
         t = t.to(run.device)
         counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
-            if step < config.trunk_iters:
+            if trunk_alone:
                 with run.autocast():
                     loss = trunk_loss(networks, networks["encoder"].trunk(micro_x), micro_y, counts[-1])
                 loss.backward()
@@ -254,11 +259,11 @@ def main():
                         loss, losses = module(micro_x, micro_y, t, counts)
                     (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
-        if step < config.trunk_iters:
+        if trunk_alone:
             run.sum_gradients(networks)                     # DDP would wait for those of the other networks
         lr = runtime.learning_rate(step, config)
         grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
-        flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, trunk_alone=step < config.trunk_iters)
+        flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, trunk_alone)
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 

@@ -126,8 +126,6 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
     (train_smt, "--positions=4 --decode_every=1 --unroll=2", "--positions=0"),
     (train_smt, "--encoder=window --trunk_iters=0 --lambda_trunk=1", "are for --encoder=causal"),
     (train_smt, "--encoder=window --trunk_iters=50 --lambda_trunk=0", "are for --encoder=causal"),
-    (train_smt, "--encoder=causal --trunk_iters=15 --log_interval=10", "--trunk_iters=15 must be a multiple of --log_interval=10"),
-    (train_smt, "--encoder=causal --trunk_iters=100 --max_iters=50", "--trunk_iters=100 are the first of --max_iters=50"),
     (train_smt, "--encoder=causal --trunk_iters=-10 --log_interval=10", "--trunk_iters=-10"),
     (train_bptt, "--updater=lstm", "--updater is one of"), (train_bptt, "--truncate=-1", "--truncate"),
     (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0 --unroll=1", "--label_stride"),
@@ -210,7 +208,7 @@ def stop_after(monkeypatch, steps, number):
 
 @pytest.mark.parametrize("stage, dataset, more", [
     ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]),
-    ("smt", "fables", ALL_OF_SMT(2).split()), ("smt", "fables", ALL_OF_SMT(4).split()),      # a stop after the trunk's phase, and in it
+    ("smt", "fables", ALL_OF_SMT(2).split()), ("smt", "fables", ALL_OF_SMT(4).split()),      # a stop after the trunk's phase, and at its end
     ("bptt", "fables", []), ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []),
     ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", [*ALL_OF_DMT, "--p_start=0"])])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -447,22 +445,39 @@ def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
     trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=0", "--unroll=8")
 
 
-def test_the_first_iterations_train_the_trunk_alone_and_no_log_line_averages_both(tmp_path, data_dir, smt_run):
+def test_the_first_iterations_train_the_trunk_alone_and_no_log_line_averages_both(tmp_path, monkeypatch, data_dir, smt_run):
     kept = ("encoder.registers", "encoder.transformer.blocks.1", "decoder.embed", "decoder.transformer", "updater", "readout")
-    plain = [*flags("smt", data_dir, smt_run, tmp_path), "--log_interval=2", "--eval_interval=2"]
-    arguments = [*plain, *ALL_OF_SMT(4).split()]
-    trained(train_smt, *plain, *ALL_OF_SMT(2).split(), "--max_iters=2")
-    first = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
-    trained(train_smt, *arguments, "--max_iters=8", "--resume")
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4).split(), "--log_interval=2", "--eval_interval=2", "--max_iters=8"]
+    stopped = []
+    for step in (2, 4):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step - 1, signal.SIGTERM)
+            trained(train_smt, *arguments, f"--resume={step > 2}")
+        stopped.append(torch.load(tmp_path / "ckpt.pt", weights_only=True))
+    assert [checkpoint["step"] for checkpoint in stopped] == [2, 4]
+    for name, weight in stopped[0]["model"].items():
+        assert torch.equal(weight, stopped[1]["model"][name]) == name.startswith(kept) or "embed.embed" in name, name
+    trained(train_smt, *arguments, "--resume")
     lines = [line for line in metrics(tmp_path) if "train_loss" in line]
     terms = [{name.removeprefix("loss_") for name in line if name.startswith("loss_")} for line in lines]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert terms == [{"trunk"}] * 2 + [{"trunk", "dec", "near", "own", "dyn", "unif", "read"}] * 2
     assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
-    trained(train_smt, *arguments, "--max_iters=4")
-    second = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]) == name.startswith(kept) or "embed.embed" in name, name
+
+
+@pytest.mark.parametrize("trunk_iters, max_iters, log_interval, phase", [
+    (1000, 2700, 50, 1000), (1000, 600, 50, 300), (1000, 100, 30, 30), (1000, 50, 50, 0), (7, 100, 2, 6), (0, 100, 10, 0)])
+def test_the_trunks_phase_fits_into_short_runs_and_ends_with_a_log_line(trunk_iters, max_iters, log_interval, phase):
+    config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, max_iters=max_iters, log_interval=log_interval)
+    assert train_smt.trunk_phase(config) == phase
+
+
+def test_an_rnn_is_fine_tuned_by_bptt_whatever_the_encoder_was(tmp_path, data_dir, smt_run):
+    encoder = ["--encoder=causal", "--encoder_layers=2", "--register_layers=2"]
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "smt"), *encoder)
+    trained(train_bptt, *flags("bptt", data_dir, smt_run, tmp_path / "bptt"), f"--init_from={tmp_path / 'smt'}")
+    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "other"), *encoder[:2], "--register_layers=1",
+                 f"--init_from={tmp_path / 'smt'}"), 1, "--register_layers=2")
 
 
 def test_a_trunk_reads_rows_and_documents_longer_than_its_registers_do(tmp_path, data_dir, smt_run):
