@@ -141,7 +141,7 @@ def attend_to_last(q, k, v, context_len):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. (B, n, d) -> (B, kept, d), n <= length: the outputs of the tokens that are asked for."""
+    """A stack of blocks. (B, n, d) -> (B, kept, d), n <= length unless positions are given: the outputs of the tokens that are asked for."""
 
     def __init__(self, config, n_layers, length, gain=1.0):
         super().__init__()
