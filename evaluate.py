@@ -1,10 +1,16 @@
-"""What a checkpoint is worth, in numbers.
+"""What a checkpoint is worth, in numbers and figures; several checkpoints of a data set side by side.
 
     python evaluate.py                                  # fables, the most finished run: losses, drift, and is the hero's name kept?
     python evaluate.py --dataset=tinystories --ngrams=5 # beside n-gram models of the same text
-    python evaluate.py --ckpt=runs/retrieval-smt --eval_docs=1000
+    python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --eval_docs=1000
+    python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --figures=figures --json=retrieval.json    # see figures.py
+
+A number is followed by its standard error over the held-out documents (`standard_error`).
 """
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +20,7 @@ import data as datasets
 import fables
 import runtime
 from data import IGNORE
-from model import restore, roll_out
+from model import ModelConfig, restore, roll_out
 from runtime import UsageError
 from sample import complete_stories, find_checkpoint
 
@@ -23,67 +29,125 @@ from sample import complete_stories, find_checkpoint
 class Config:
     """What evaluate.py can be told."""
     dataset: str = "fables"     # data set whose most finished run in runs/ is taken
-    ckpt: str = ""              # checkpoint (file or folder of a run) to take instead
+    ckpt: str = ""              # checkpoints (files or folders of runs) to take instead, all of one data set, separated by commas
     data_dir: str = "data"      # folder of the prepared data sets
-    eval_docs: int = 256        # held-out documents
+    eval_docs: int = 256        # held-out documents, at most
     eval_len: int = 512         # tokens read of each of them at most
     ngrams: int = 0             # also n-gram models of the training text, up to this order (text only)
     num_samples: int = 100      # fables: stories to generate, to count in how many the hero keeps its name
     temperature: float = 1.0    # of these stories
     seed: int = 0               # of these stories
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
+    figures: str = ""           # folder to draw the figures into
+    json: str = ""              # file to write the numbers to, and what the figures show
 
     def __post_init__(self):
         if min(self.eval_docs, self.eval_len, self.num_samples) < 1 or not 0 <= self.ngrams <= 7 or self.temperature < 0:
             raise UsageError("--eval_docs, --eval_len and --num_samples are at least 1, --ngrams is from 0 to 7, --temperature at least 0")
+        if self.ckpt and not all(self.ckpt.split(",")):
+            raise UsageError(f"--ckpt is one checkpoint or several, separated by commas, not {self.ckpt!r}")
+        if self.json and not Path(self.json).parent.is_dir():
+            raise UsageError(f"--json: there is no folder {Path(self.json).parent}")
+        if self.figures and Path(self.figures).exists() and not Path(self.figures).is_dir():
+            raise UsageError(f"--figures: {self.figures} is not a folder")
 
 
-def masked_mean(values, mask):
-    """Mean of values where mask holds; 0 where it holds nowhere."""
-    return float((values * mask).sum() / mask.sum().clamp(min=1))
+@dataclass
+class Trained:
+    """A checkpoint: its name and folder, what it was trained on (meta) and how (settings), its networks and m_empty (K, d)."""
+    name: str
+    folder: Path
+    stage: str
+    step: int
+    meta: dict
+    settings: dict
+    config: ModelConfig
+    networks: torch.nn.ModuleDict
+    initial_memory: torch.Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+def spread(places, most):
+    """At most `most` of the places (n,), evenly spread, the first and the last among them."""
+    return places[torch.linspace(0, len(places) - 1, min(most, len(places)), device=places.device).long()]
+
+
+def scores(name, logits, y):
+    """Amounts and weights (N, S) of the loss and of the accuracy at targets y (N, S), given logits (N, S, V)."""
+    asked, targets = y != IGNORE, y.clamp(min=0)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(y.shape)
+    return {f"{name}_loss": (loss * asked, asked), f"{name}_accuracy": ((logits.argmax(-1) == targets) & asked, asked)}
 
 
 @torch.no_grad()
-def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64):
+def measure(networks, initial_memory, x, y, t, rows=16):
+    """What each document and place of x, y (N, L) adds to the numbers: {name: (amounts, weights)}; a number is sum over sum.
+
+    rnn_loss, rnn_accuracy, at the P places where anything is asked (N, P): Updater and Readout alone, rolled out from m_empty;
+    of the Transformer, which has no Updater, its own. Where there is an encoder, and places t (S,) to ask it for memories,
+    (N, S): teacher_loss, teacher_accuracy of the Decoder's first target; drift: the squared error of the rolled-out memory,
+    the weight the squared distance of the encoder's from its mean over the documents, both per component.
+    """
+    n, asked, memories, logits = len(x), (y != IGNORE).any(0), [], []
+    asked[:1] |= ~asked.any()                                   # the networks take no empty batch: one place without a weight
+    for part in x.split(rows):
+        if "updater" in networks:
+            memory = roll_out(networks["updater"], initial_memory.expand(len(part), -1, -1), part)
+            memories.append(memory[:, t])
+            logits.append(networks["readout"](memory[:, asked].flatten(0, 1)).float().unflatten(0, (len(part), -1)))
+        else:
+            logits.append(networks["decoder"].read(part)[0][:, asked].float())
+    measured = scores("rnn", torch.cat(logits), y[:, asked])
+    if "encoder" not in networks or not len(t):
+        return measured
+
+    labels = torch.cat([networks["encoder"](part, t) for part in x.split(rows)])                     # (N, S, K, d)
+    logits = networks["decoder"](labels.flatten(0, 1), x.new_empty(n * len(t), 0))[:, 0].float()
+    real = x[:, t] != networks["encoder"].pad                                                        # a document may have ended
+    mean = (labels * real[..., None, None]).sum(0) / real.sum(0).clamp(min=1)[:, None, None]
+    error, variance = ((a - labels).square().mean((-2, -1)) * real for a in (torch.cat(memories), mean))
+    return measured | scores("teacher", logits.view(n, len(t), -1), y[:, t]) | {"drift": (error, variance)}
+
+
+def ratio(amounts, weights):
+    """The number: all amounts (N, S) over all weights (N, S); 0 where nothing has a weight."""
+    return float(amounts.sum()) / max(float(weights.sum()), 1e-12)
+
+
+def standard_error(amounts, weights):
+    """Standard error of the ratio r = sum a / sum w over N documents, the independent units, document i with sums a_i and w_i:
+
+        sqrt(N / (N - 1) sum_i (a_i - r w_i)^2) / sum_i w_i
+
+    (the ratio estimator: W. Cochran, Sampling Techniques, chapter 6). None for a single document. Where all w_i are the same it
+    is the standard deviation of the documents' means over sqrt(N). Rows of the data set `text` overlap: there it is too small.
+    """
+    a, w = (tensor.float().sum(1) for tensor in (amounts, weights))
+    if len(a) < 2:
+        return None
+    return math.sqrt(float((a - ratio(a, w) * w).square().sum()) * len(a) / (len(a) - 1)) / max(float(w.sum()), 1e-12)
+
+
+def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, errors=False):
     """The numbers that all stages report, on held-out documents x, y (N, L), read from m_empty.
 
     val_rnn_loss, val_rnn_accuracy: Updater and Readout alone, rolled out from m_empty; nats per target, share of right ones.
     Of the Transformer baseline, which has no Updater, the same under the same names.
-    val_teacher_loss: Encoder, then the Decoder's first position. val_drift: the squared error of the rolled-out memory over
-    the variance of the encoder's (0: the same; 1: no better than the mean memory). Both need an encoder (BPTT and the
-    Transformer have none) and are measured at up to most_positions places, spread over those that have targets.
+    val_teacher_loss, val_teacher_accuracy: Encoder, then the Decoder's first position. val_drift: the squared error of the
+    rolled-out memory over the variance of the encoder's (0: the same; 1: no better than the mean memory). These need an
+    encoder (BPTT and the Transformer have none) and are measured at up to most_positions places, spread over those that
+    have targets. errors: also the standard error of each, as <name>_error.
     """
-    n, length = x.shape
-    asked = y != IGNORE
-    memories, logits = [], []
-    for part in x.split(rows):
-        if "updater" in networks:
-            memories.append(roll_out(networks["updater"], initial_memory.expand(len(part), -1, -1), part))
-            logits.append(networks["readout"](memories[-1].flatten(0, 1)).float().view(len(part), length, -1))
-        else:
-            logits.append(networks["decoder"].read(part)[0].float())
-    logits = torch.cat(logits)
-    targets = y.clamp(min=0)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(n, length)
-    numbers = {"val_rnn_loss": masked_mean(loss, asked),
-               "val_rnn_accuracy": masked_mean((logits.argmax(-1) == targets).float(), asked)}
+    places = (y != IGNORE).any(0).nonzero().flatten()
+    measured = measure(networks, initial_memory, x, y, spread(places, most_positions), rows)
+    numbers = {f"val_{name}": ratio(*pair) for name, pair in measured.items()}
+    if errors:
+        numbers |= {f"val_{name}_error": standard_error(*pair) for name, pair in measured.items()}
     if "statistics" in meta:
         numbers["val_gap_to_floor"] = numbers["val_rnn_loss"] - meta["statistics"]["entropy_per_character"]
-    if "encoder" not in networks or not asked.any():
-        return numbers
-
-    places = asked.any(0).nonzero().flatten()
-    t = places[torch.linspace(0, len(places) - 1, min(most_positions, len(places)), device=x.device).long()]
-    labels = torch.cat([networks["encoder"](part, t) for part in x.split(rows)])                     # (N, S, K, d)
-    no_future = x.new_empty(n * len(t), 0)
-    logits = networks["decoder"](labels.flatten(0, 1), no_future)[:, 0].float()
-    loss = F.cross_entropy(logits, targets[:, t].flatten(), reduction="none").view(n, len(t))
-    real = (x[:, t] != networks["encoder"].pad)[:, :, None, None]                                    # a document may have ended
-    count = real.sum(0).clamp(min=1)
-    variance = (labels - (labels * real).sum(0) / count).square()
-    error = (torch.cat(memories)[:, t] - labels).square()
-    return numbers | {"val_teacher_loss": masked_mean(loss, asked[:, t]),
-                      "val_drift": float((error * real).sum() / (variance * real).sum().clamp(min=1e-12))}
+    return numbers
 
 
 NGRAM_TOKENS = 20_000_000   # of the training text that the n-gram models count, at most
@@ -119,28 +183,71 @@ def ngram_losses(data, x, y, order):
     return losses
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
+def load_trained(ckpt, dataset, device):
+    """The checkpoints of --ckpt, or that of the data set's most finished run. UsageError if they are not of one data set."""
+    paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    names = [folder.resolve().name for folder in folders]
+    trained = []
+    for path, folder, name in zip(paths, folders, names):
+        checkpoint = runtime.load(path, device)
+        config, networks, initial_memory = restore(checkpoint, device)
+        meta, settings = checkpoint["data"], checkpoint.get("config", {})
+        trained.append(Trained(name if names.count(name) == 1 else str(path), folder, checkpoint["stage"], checkpoint["step"], meta,
+                               settings, config, networks, initial_memory))
+        if meta["name"] != trained[0].meta["name"]:
+            raise UsageError(f"--ckpt names checkpoints of two data sets, {trained[0].meta['name']} and {meta['name']}")
+    return trained
+
+
+def table(trained, numbers):
+    """Lines of text: a row for each number, a column for each checkpoint; - where a checkpoint has no such number."""
+    width = max(18, *(len(run.name) for run in trained)) + 2
+    names = dict.fromkeys(name for column in numbers for name in column if not name.endswith("_error"))
+    cells = {"": [run.name for run in trained], "stage": [run.stage for run in trained], "steps": [f"{run.step:,}" for run in trained]}
+    for name in names:
+        cells[name] = [f"{column[name]:8.4f}" if name in column else f"{'-':>8}" for column in numbers]
+        errors = [column.get(f"{name}_error") for column in numbers]
+        cells[name] = [cell if error is None else f"{cell} +- {error:.4f}" for cell, error in zip(cells[name], errors)]
+    return "\n".join((f"{name:24}" + "".join(f"{cell:{width}}" for cell in row)).rstrip() for name, row in cells.items())
+
+
 def main():
     config = runtime.parse(Config)
     device = runtime.choose_device(config.device)
-    path = find_checkpoint(config.ckpt, config.dataset)
-    checkpoint = runtime.load(path, device)
-    _, networks, initial_memory = restore(checkpoint, device)
-    meta = checkpoint["data"]
+    trained = load_trained(config.ckpt, config.dataset, device)
+    meta = trained[0].meta
     if config.ngrams and meta["kind"] != "text":
         raise UsageError(f"--ngrams is for text, {meta['name']} is not")
     data = datasets.load(meta["name"], config.data_dir)
-    runtime.check_data(checkpoint, data)
-    x, y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
+    for run in trained:
+        runtime.check_data({"data": run.meta}, data)
+    n = min(config.eval_docs, len(data.val.starts))       # none twice: they are to be independent
+    x, y = (part.to(device) for part in datasets.held_out(data, n, min(config.eval_len, data.longest_document), seed=0))
 
-    print(f"{path}: {meta['name']}, {checkpoint['stage']} after {checkpoint['step']:,} steps, {int((y != IGNORE).sum()):,} held-out targets")
-    for name, value in evaluate(networks, initial_memory, x.to(device), y.to(device), meta).items():
-        print(f"{name:24}{value:8.4f}")
-    for n, loss in enumerate(ngram_losses(data, x, y, config.ngrams), 1):
-        print(f"{f'{n}-gram loss':24}{loss:8.4f}")
-    if meta["name"] == "fables":
-        stories = complete_stories(networks, initial_memory, config.num_samples, config.temperature, config.seed)
-        kept = sum(map(fables.hero_kept, stories))
-        print(f"the hero's name is kept in {kept} of {len(stories)} generated stories")
+    print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
+    numbers = [evaluate(run.networks, run.initial_memory, x, y, meta, errors=True) for run in trained]
+    print(table(trained, numbers))
+    ngrams = ngram_losses(data, x, y, config.ngrams)
+    for order, loss in enumerate(ngrams, 1):
+        print(f"{f'{order}-gram loss':24}{loss:8.4f}")
+    for run, column in zip(trained, numbers) if meta["name"] == "fables" else ():
+        stories = complete_stories(run.networks, run.initial_memory, config.num_samples, config.temperature, config.seed)
+        column |= dict(hero_kept=sum(map(fables.hero_kept, stories)), stories=len(stories))
+        print(f"{run.name}: the hero's name is kept in {column['hero_kept']} of {len(stories)} generated stories")
+    if not config.figures and not config.json:
+        return
+
+    import figures      # which imports this file; no train script needs it
+    series = figures.measure_all(trained, data, x, y, config.seed)
+    if config.figures:
+        figures.draw_all(series, [run.name for run in trained], meta, Path(config.figures))
+    if config.json:
+        content = dict(dataset=meta["name"], documents=n, ngram_losses=ngrams, figures=series,
+                       checkpoints={run.name: dict(stage=run.stage, step=run.step, **column) for run, column in zip(trained, numbers)})
+        runtime.write_atomically(config.json, lambda path: path.write_text(json.dumps(content) + "\n"))
 
 
 if __name__ == "__main__":

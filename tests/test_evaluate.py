@@ -29,7 +29,7 @@ def documents(ends=(9, 4, 6, 9, 7)):
 
 
 def reference(networks, empty, x, y):
-    losses, right, teacher, memories = [], [], [], {}
+    losses, right, teacher, taught, memories = [], [], [], [], {}
     for row in range(len(x)):
         memory = empty[None]
         for t in range(x.shape[1]):
@@ -50,8 +50,9 @@ def reference(networks, empty, x, y):
             if y[row, t] != IGNORE:
                 logits = networks["decoder"](label[None], x.new_empty(1, 0))[0, 0].float()
                 teacher.append(-logits.log_softmax(0)[y[row, t]].item())
+                taught.append(float(logits.argmax() == y[row, t]))
     return {"val_rnn_loss": sum(losses) / len(losses), "val_rnn_accuracy": sum(right) / len(right),
-            "val_teacher_loss": sum(teacher) / len(teacher), "val_drift": error / variance}
+            "val_teacher_loss": sum(teacher) / len(teacher), "val_teacher_accuracy": sum(taught) / len(taught), "val_drift": error / variance}
 
 
 @pytest.mark.parametrize("encoder", ["window", "causal"])
