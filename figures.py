@@ -36,7 +36,7 @@ from runtime import UsageError
 BUCKETS = 32                                  # groups of neighbouring positions in position.png, at most
 LENGTHS, LENGTH_DOCS = (1, 2, 4, 8), 64       # of length.png: multiples of the trained length; documents of each
 GRADIENT_DOCS, GRADIENT_STEPS = 16, 256       # of gradients.png: documents; last steps that the gradient goes back through
-MEMORY_DOCS, MEMORY_POINTS, PATHS, PATH_STEPS = 64, 2000, 3, 12     # of memory.png: documents, points, documents with arrows, arrows each
+MEMORY_DOCS, MEMORY_POINTS, PATHS, PATH_STEPS = 64, 1800, 3, 16     # of memory.png: documents, points, documents with arrows, arrows each
 POSITIONS, TIMED, CHUNK = (100, 1000, 10_000), 30, 500    # of cost.png: tokens before, tokens timed, tokens read at once into a cache
 
 
@@ -375,7 +375,7 @@ DASHES = {"encoder-decoder": "--", "one step": "--", "at initialisation": ":"}
 def canvas(title, panels=1, width=6.4, height=4.2, lines=1):
     """An empty figure and its panels."""
     from matplotlib.figure import Figure
-    picture = Figure(figsize=(width, height), dpi=100 if lines == 1 else 75, layout="constrained")
+    picture = Figure(figsize=(width, height), dpi=100 if lines == 1 else 70, layout="constrained")
     picture.suptitle(title, fontsize=11)
     axes = picture.subplots(lines, -(-panels // lines), squeeze=False).flatten()
     for axis in axes:
@@ -395,10 +395,11 @@ def draw_lines(axis, lines, colours, xlabel, ylabel, **scales):
         style = dict(color=colour, linestyle=DASHES.get(one["part"], "-"), linewidth=1.5,
                      label=": ".join(filter(None, (", ".join(one["runs"]), one["part"]))),
                      marker="o" if len(one["x"]) <= 12 else None, markersize=4)
+        y = np.array(one["y"], float)                               # None becomes NaN: a gap
         if "error" in one:
-            axis.errorbar(one["x"], one["y"], [error or 0 for error in one["error"]], capsize=2, **style)
+            axis.errorbar(one["x"], y, [error or 0 for error in one["error"]], capsize=2, **style)
         else:
-            axis.plot(one["x"], one["y"], **style)
+            axis.plot(one["x"], y, **style)
     axis.set(xlabel=xlabel, ylabel=ylabel, **scales)
 
 
@@ -456,7 +457,7 @@ def draw_memory(series, colours, meta):
     from matplotlib import colormaps
     panels = series["panels"]
     lines = -(-len(panels) // 3)
-    title = f"{meta['name']}: memories of the RNN on held-out documents\narrows: the first tokens of three of them"
+    title = f"{meta['name']}: memories of the RNN on held-out documents\narrows: the first tokens of a few of them"
     picture, axes = canvas(title, len(panels), width=0.8 + 3.3 * min(len(panels), 3), height=0.3 + 3.3 * lines, lines=lines)
     greatest = max(max(panel["held"]) for panel in panels)
     discrete = series["what"] != "position" and greatest < 10

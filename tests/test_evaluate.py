@@ -1,13 +1,16 @@
 """The held-out numbers against a reference written one document and one position at a time."""
+import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import call, randomise
 
 import evaluate as evaluation
 from data import IGNORE, Data, Split
-from evaluate import evaluate, ngram_losses
+from evaluate import evaluate, measure, ngram_losses, ratio, standard_error
 from model import ModelConfig, build
 
 V, PAD = 5, 5
@@ -52,7 +55,8 @@ def reference(networks, empty, x, y):
                 teacher.append(-logits.log_softmax(0)[y[row, t]].item())
                 taught.append(float(logits.argmax() == y[row, t]))
     return {"val_rnn_loss": sum(losses) / len(losses), "val_rnn_accuracy": sum(right) / len(right),
-            "val_teacher_loss": sum(teacher) / len(teacher), "val_teacher_accuracy": sum(taught) / len(taught), "val_drift": error / variance}
+            "val_teacher_loss": sum(teacher) / len(teacher), "val_teacher_accuracy": sum(taught) / len(taught),
+            "val_drift": error / variance}
 
 
 @pytest.mark.parametrize("encoder", ["window", "causal"])
@@ -127,6 +131,36 @@ def test_numbers_are_finite_where_nothing_is_asked_or_all_memories_are_the_same(
     assert all(value == value for value in numbers.values())
 
 
+def test_standard_error_is_that_of_the_documents_means_where_all_have_as_many_targets():
+    amounts, weights = torch.rand(7, 5), torch.ones(7, 5, dtype=torch.bool)
+    assert standard_error(amounts, weights) == pytest.approx(amounts.mean(1).numpy().std(ddof=1) / math.sqrt(7), rel=1e-5)
+    assert standard_error(amounts[:1], weights[:1]) is None
+
+
+def test_standard_error_is_how_much_the_ratio_varies_from_sample_to_sample():
+    """Documents of 1 to 9 targets, long ones with larger losses: the spread of the ratio over many samples of 200 documents."""
+    rng = np.random.default_rng(0)
+
+    def sample():
+        weights = torch.arange(9) < torch.from_numpy(rng.integers(1, 10, size=(200, 1)))
+        level = weights.sum(1, keepdim=True) / 9 + torch.from_numpy(rng.normal(size=(200, 1)))      # shared by a document's targets
+        return (level + torch.from_numpy(rng.normal(size=(200, 9)))) * weights, weights
+
+    ratios, errors = zip(*[(ratio(*pair), standard_error(*pair)) for pair in (sample() for _ in range(400))])
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
+
+
+def test_errors_come_with_the_numbers_that_they_belong_to():
+    networks, (x, y) = networks_for(), documents()
+    empty = networks["encoder"].initial_memory().detach()
+    plain, both = evaluate(networks, empty, x, y, {}), evaluate(networks, empty, x, y, {}, errors=True)
+    places = (y != IGNORE).any(0).nonzero().flatten()
+    measured = measure(networks, empty, x, y, places)
+    assert {name: both[name] for name in plain} == plain and len(both) == 2 * len(plain)
+    for name, pair in measured.items():
+        assert both[f"val_{name}_error"] == standard_error(*pair) > 0
+
+
 def test_ngram_losses_equal_plain_counting():
     torch.manual_seed(3)
     train = torch.randint(4, (60,), dtype=torch.uint8)                  # token 4 is never seen
@@ -159,3 +193,31 @@ def test_command_line_prints_the_numbers_the_ngrams_and_how_often_the_hero_is_ke
     assert result.status == 0
     for words in ("val_rnn_loss", "val_teacher_loss", "val_gap_to_floor", "1-gram loss", "2-gram loss", "of 3 generated stories"):
         assert words in result.out
+
+
+def test_checkpoints_stand_side_by_side_and_in_the_json_file(data_dir, smt_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("figures.measure_all", lambda *_: {"drift": {"skipped": "for speed"}})
+    shutil.copytree(smt_run("retrieval"), tmp_path / "other")
+    flags = [f"--ckpt={smt_run('retrieval')},{tmp_path / 'other'}", f"--data_dir={data_dir}", "--eval_docs=10000", "--device=cpu"]
+    result = call(evaluation, *flags, f"--json={tmp_path / 'a.json'}")
+    content = json.loads((tmp_path / "a.json").read_text())
+    names, n = [smt_run("retrieval").name, "other"], 50                 # 400 held-out tokens: no document twice
+    assert result.status == 0 and list(content["checkpoints"]) == names and content["documents"] == n
+    assert f"{n} held-out documents, {n} targets" in result.out
+    rows = {line.split()[0]: line.split()[1:] for line in result.out.splitlines()[1:]}
+    assert rows[names[0]] == ["other"] and rows["steps"] == ["4", "4"]
+    for key in ("rnn_loss", "rnn_accuracy", "teacher_loss", "teacher_accuracy", "drift"):
+        for i, name in enumerate(names):
+            value, error = (content["checkpoints"][name][f"val_{key}{more}"] for more in ("", "_error"))
+            assert rows[f"val_{key}"][3 * i:3 * i + 3] == [f"{value:.4f}", "+-", f"{error:.4f}"]
+    assert content["figures"] == {"drift": {"skipped": "for speed"}}
+
+
+def test_bad_flags_end_with_status_2_and_one_line(data_dir, smt_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    ckpt = smt_run("retrieval")
+    for flags, words in (([f"--ckpt={ckpt},"], "separated by commas"), ([f"--ckpt={ckpt},{smt_run('fables')}"], "two data sets"),
+                         ([f"--json={tmp_path / 'none' / 'a.json'}"], "no folder"), ([f"--figures={tmp_path / 'file'}"], "not a folder")):
+        result = call(evaluation, f"--ckpt={ckpt}", f"--data_dir={data_dir}", *flags)
+        assert result.status == 2 and len(result.err.splitlines()) == 1 and words in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
