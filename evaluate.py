@@ -3,7 +3,7 @@
     python evaluate.py                                  # fables, the most finished run: losses, drift, and is the hero's name kept?
     python evaluate.py --dataset=tinystories --ngrams=5 # beside n-gram models of the same text
     python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --eval_docs=1000
-    python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --figures=figures --json=retrieval.json    # see figures.py
+    python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --figures=runs/figures --json=runs/retrieval.json
 
 A number is followed by its standard error over the held-out documents (`standard_error`).
 """

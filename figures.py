@@ -1,6 +1,6 @@
 """The figures of evaluate.py: for each, a function that measures it, as plain data (which --json writes), and one that draws that data.
 
-    python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt,runs/retrieval-bptt --figures=figures
+    python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt,runs/retrieval-bptt --figures=runs/figures
 
     position.png     loss by position in the document, of the RNN and of encoder and decoder
     drift.png        squared error of the rolled-out memory over the variance of the encoder's, at each t
