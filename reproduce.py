@@ -42,6 +42,7 @@ from runtime import UsageError
 SEED, RUNS = 1337, Path("runs/reproduce")
 STAGES = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
 LEAST_STEPS = 20       # of a run that --scale shortens
+CURVE = ("seconds", "tokens", "sequential_flops", "val_rnn_loss", "val_rnn_accuracy", "val_drift")     # kept of each evaluation
 EVALUATIONS = 8        # of a run, beside the one before the first step
 
 
@@ -132,16 +133,15 @@ def prepare(data, source):
 
 def launch(run, runs, root, scale, jobs):
     """Start a run, or go on with it, as a process; its output goes to output.txt. Starting it anew deletes what was made from it."""
-    here, begun = root / run.name, state(run, root, scale) == "begun"
-    stale = {run} if not begun else set()
-    for other in runs:
-        if not begun and (other in stale or other.needs & stale):
+    here, begun, stale = root / run.name, state(run, root, scale) == "begun", {run}
+    for other in runs if not begun else ():
+        if other in stale or other.needs & stale:
             stale.add(other)
             shutil.rmtree(root / other.name, ignore_errors=True)
     here.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     command = [sys.executable, STAGES[run.stage].__file__, *flags_of(run, root, scale), *["--resume"] * begun]
-    with open(here / "output.txt", "a") as output:
+    with open(here / "output.txt", "w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment), time.perf_counter()
 
 
@@ -154,13 +154,21 @@ def note_launch(run, root, jobs, began):
         file.write(json.dumps({"machine": machine, "seconds": (time.perf_counter() - began) / jobs}) + "\n")
 
 
+def last_words(path, status):
+    """Why a run ended too early, in one line, from its output."""
+    output = lines_of(path)
+    errors = [line for line in output if line.startswith("error: ")]
+    return errors[-1] if errors else f"ended with status {status} after {output[-1] if output else 'no output'!r}"
+
+
 def execute(name, config):
     """Run what is not done of an experiment and write its results; returns how many runs failed or could not be started."""
     experiment, runs, root = plan(name, config)
     for data in dict.fromkeys(run.data for run in runs):
         prepare(data, config.source)
-    todo, done, failed, running = list(runs), finished(runs, root, config.scale), set(), {}
+    done, failed, running = finished(runs, root, config.scale), set(), {}
     todo = [run for run in runs if run not in done]
+    print(f"{name}: {len(todo)} of {len(runs)} runs to do; table and figure: {results.FOLDER / root.name}.md", flush=True)
     report(name, config, done)
     try:
         while todo or running:
@@ -179,8 +187,7 @@ def execute(name, config):
                 del running[run]
                 note_launch(run, root, config.jobs, began)
                 if process.returncode or state(run, root, config.scale) != "done":
-                    output = (root / run.name / "output.txt").read_text().splitlines() or [f"exit status {process.returncode}"]
-                    print(f"{run.name}: {([line for line in output if line.startswith('error: ')] or output)[-1]}", flush=True)
+                    print(f"{run.name}: {last_words(root / run.name / 'output.txt', process.returncode)}", flush=True)
                     failed.add(run)
                     continue
                 done.add(run)
@@ -201,7 +208,10 @@ def report(name, config, done):
     """Write tables and figure of the runs that are done."""
     experiment, runs, root = plan(name, config)
     launches = [json.loads(line) for run in runs for line in lines_of(root / run.name / "launches.jsonl")]
-    facts = {"question": experiment.question, "command": f"`python reproduce.py {name}`", "seeds": f"{seeds_of(name, config)}",
+    told = {flag: value for flag, value in vars(config).items() if value != getattr(Config, flag)}
+    told |= {"source": "FOLDER"} if config.source else {}
+    command = " ".join(["python reproduce.py", name, *(f"--{flag}={value}" for flag, value in told.items())])
+    facts = {"question": experiment.question, "command": f"`{command}`", "seeds": ", ".join(map(str, seeds_of(name, config))),
              "runs": f"{len(done)} of {len(runs)} done", "machine": "; ".join(sorted({line["machine"] for line in launches})) or "-",
              "time": f"{sum(line['seconds'] for line in launches) / 60:.0f} minutes", "cells": "mean (least..greatest) over the seeds"}
     records = [record for run in runs if run.method != "probe"
@@ -223,7 +233,8 @@ def records_of(run, root, scale, done, look):
         results.FOLDER.mkdir(parents=True, exist_ok=True)
         changes = look(run, runtime.load(root / run.name), settings["data_dir"])
         runtime.write_atomically(seen, lambda path: path.write_text(json.dumps(changes)))
-    record |= {**curve[-1], "lr": settings["lr"], "max_iters": settings["max_iters"], "curve": curve, "flags": run.flags}
+    points = [{key: point[key] for key in CURVE if key in point} for point in curve]
+    record |= {**curve[-1], "lr": settings["lr"], "max_iters": settings["max_iters"], "flags": run.flags, "curve": points}
     return [{key: value for key, value in (record | change).items() if value is not None} for change in json.loads(seen.read_text())]
 
 
@@ -263,14 +274,24 @@ def overview(config):
         print(f"{name:12}{len(runs):>6}{done:>6}{left:>14.0f}  {experiment.question}")
 
 
-def main():
-    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
-    config = runtime.parse(Config, sys.argv[1 + len(names):])
+def interrupt(*_):
+    """SIGTERM is Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def command_line(arguments):
+    """The names of experiments, and the Config of the flags after them. UsageError for an unknown name."""
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     for name in names:
         if name not in EXPERIMENTS:
             near = get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.0)[0]
             raise UsageError(f"there is no experiment {name!r}; the nearest is {near}, all are {', '.join(EXPERIMENTS)}")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    return names, runtime.parse(Config, arguments[len(names):])
+
+
+def main():
+    names, config = command_line(sys.argv[1:])
+    signal.signal(signal.SIGTERM, interrupt)
     failed = [execute(name, config) for name in names]
     if not names:
         overview(config)

@@ -3,6 +3,7 @@
 A record is a dict: case and method (its row and its column), seed, done, and the numbers of a finished run: those of its last evaluation,
 with tokens, seconds and FLOPs summed over the runs that it goes on from; `curve` has the same numbers at each of its evaluations.
 """
+import itertools
 import json
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def write(name, facts, records, metrics, figure):
     lines = figure(records, FOLDER / f"{name}.png")
     rows = [{"case": case, "method": method, **{metric: spread(values) for metric, values in numbers.items()}}
             for (case, method), numbers in summarise(records, metrics).items()]
-    content = json.dumps(facts | {"notes": lines, "rows": rows, "runs": records}, indent=1) + "\n"
+    runs, rows = (",\n  ".join(map(json.dumps, some)) for some in (records, rows))                # a line each
+    content = json.dumps(facts | {"notes": lines}, indent=1)[:-2] + f',\n "rows": [\n  {rows}],\n "runs": [\n  {runs}]\n}}\n'
     write_atomically(FOLDER / f"{name}.json", lambda path: path.write_text(content))
     tables = [table(records, metric) for metric in metrics if any(metric in record for record in records if record["done"])]
     text = "\n".join([f"# {name}\n", *(f"- {key}: {value}" for key, value in facts.items()), "",
@@ -149,30 +151,30 @@ def power_law(values, losses):
     return float(np.exp(log_a)), float(b)
 
 
-def against(metric, fit=False):
-    """A panel for each record["panel"]: a metric against record["value"], a line for each method through the means over the seeds,
-    or, with `fit`, the power law through at least two of them, both axes logarithmic."""
+def against(*metrics, fit=False):
+    """A panel for each metric and record["panel"]: the metric against record["value"], a line for each method through the means over
+    the seeds; with `fit` their power law instead, both axes logarithmic."""
     def figure(records, path):
         runs, colour, lines = chosen(records), colours(records), []
-        names = list(dict.fromkeys(r["panel"] for r in records))
-        drawing, axes = panels(1, max(1, len(names)), 4.0, 3.4)
-        for ax, name in zip(axes[0], names):
+        names = list(dict.fromkeys(r["panel"] for r in runs))
+        drawing, axes = panels(len(metrics), max(1, len(names)), 4.0, 3.2)
+        for (metric, row), (name, method) in itertools.product(zip(metrics, axes), itertools.product(names, colour)):
+            ax, points = row[names.index(name)], {}
+            for r in (r for r in runs if (r["panel"], r["method"]) == (name, method) and metric in r):
+                points.setdefault(r["value"], []).append(r[metric])
+            x, y = sorted(points), [float(np.mean(points[value])) for value in sorted(points)]
             ax.set(xlabel=name, ylabel=TITLES[metric][0], xscale="log", yscale="log" if fit else "linear")
-            for method in colour:
-                points = {}
-                for r in (r for r in runs if (r["panel"], r["method"]) == (name, method) and metric in r):
-                    points.setdefault(r["value"], []).append(r[metric])
-                if not points:
-                    continue
-                x, y = zip(*((value, float(np.mean(losses))) for value, losses in sorted(points.items())))
-                for value, losses in points.items():
-                    ax.plot([value, value], [min(losses), max(losses)], color=colour[method])
-                ax.plot(x, y, "o" if fit else "o-", color=colour[method], label=method)
-                if fit and len(x) > 1 and min(y) > 0:
-                    a, b = power_law(x, y)
-                    ax.plot(x, [a * value ** b for value in x], "--", color=colour[method])
-                    lines.append(f"{method}: {TITLES[metric][0].lower()} = {a:.3g} x {name}^{b:.3f} ({len(x)} points)")
             ax.grid(alpha=0.3)
+            if not points:
+                continue
+            ax.plot(x, y, "o" if fit else "o-", color=colour[method], label=method)
+            ax.vlines(x, *zip(*((min(points[value]), max(points[value])) for value in x)), color=colour[method])
+            ax.set_xticks(values := sorted({r["value"] for r in runs if r["panel"] == name}), map(str, values), minor=False)
+            ax.xaxis.minorticks_off()
+            if fit and len(x) > 1 and min(y) > 0:
+                a, b = power_law(x, y)
+                ax.plot(x, [a * value ** b for value in x], "--", color=colour[method])
+                lines.append(f"{method}: {TITLES[metric][0].lower()} = {a:.3g} x {name}^{b:.3f} ({len(x)} points)")
         save(drawing, path)
         return lines
     return figure
