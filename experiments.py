@@ -209,7 +209,8 @@ def scaling_runs(seeds, source):
                                case=f"fables, {change or 'base'}")]
 
 
-# ---- what a finished run is asked beside its last evaluation: a list of changes to its record, one record for each
+# ---- what a finished run is asked beside its last evaluation: a list of changes to its record, one record for each.
+# place: the folder of its data set; name: of the results.
 
 def effective_rank(memories):
     """In how many directions memories (n, K, d) vary: exp of the entropy of the normalised eigenvalues of their covariance (K d, K d)
@@ -220,7 +221,7 @@ def effective_rank(memories):
 
 
 @torch.no_grad()
-def look_at_memories(run, checkpoint, place):
+def look_at_memories(run, checkpoint, place, name):
     """Uniformity and effective rank of the encoder's memories at 16 positions of 64 held-out documents."""
     _, networks, _ = restore(checkpoint)
     if "encoder" not in networks:
@@ -233,7 +234,7 @@ def look_at_memories(run, checkpoint, place):
     return [{"uniformity": float(train_smt.uniformity(some)), "effective_rank": effective_rank(memories)}]
 
 
-def look_at_length(run, checkpoint, place):
+def look_at_length(run, checkpoint, place, name):
     """Loss and accuracy on 64 new documents of 1, 2, 4 and 8 times the length; the encoder's under a method of its own."""
     _, networks, initial_memory = restore(checkpoint)
     meta, records = checkpoint["data"], []
@@ -250,21 +251,21 @@ def look_at_length(run, checkpoint, place):
     return records
 
 
-def look_at_pictures(run, checkpoint, place):
+def look_at_pictures(run, checkpoint, place, name):
     """Paint samples and completions of held-out pictures beside the results."""
-    if run.method != "SMT":
-        _, networks, initial_memory = restore(checkpoint)
-        for what, prompt, n in (("samples", "", 16), ("completions", "held-out", 8)):
-            config = sample.Config(data_dir=str(place), prompt=prompt, num_samples=n)
-            sample.paint(networks, initial_memory, checkpoint["data"], config, results.FOLDER / f"{run.name}-{what}.png")
-    return [{}]
+    pictures, (_, networks, initial_memory) = [], restore(checkpoint)
+    for what, prompt, n in (("samples", "", 16), ("completions", "held-out", 8)):
+        config = sample.Config(data_dir=str(place), prompt=prompt, num_samples=n)
+        pictures.append(f"{name}-{slug(run.method)}-{run.seed}-{what}.png")
+        sample.paint(networks, initial_memory, checkpoint["data"], config, results.FOLDER / pictures[-1])
+    return [{"pictures": pictures}]
 
 
-def look_at_sizes(run, checkpoint, place):
+def look_at_sizes(run, checkpoint, place, name):
     """A record for each size of SCALING that the run stands for: all the others are those of the base."""
-    sizes = {name: checkpoint["model_config"][name] for name in SCALING}
-    return [dict(case=f"{name} {value}", panel=name, value=value) for name, value in sizes.items()
-            if all(sizes[other] == SCALING[other][0] for other in SCALING if other != name)]
+    sizes = {size: checkpoint["model_config"][size] for size in SCALING}
+    return [dict(case=f"{size} {value}", panel=size, value=value) for size, value in sizes.items()
+            if all(sizes[other] == SCALING[other][0] for other in SCALING if other != size)]
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class Experiment:
     runs: Callable                  # (seeds, source) -> runs
     metrics: tuple                  # a table each
     figure: Callable
-    look: Callable = lambda run, checkpoint, place: [{}]
+    look: Callable = lambda run, checkpoint, place, name: [{}]
 
 
 ACCURACY = ("val_rnn_accuracy", "val_rnn_loss")

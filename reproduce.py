@@ -133,10 +133,9 @@ def prepare(data, source):
 
 def launch(run, runs, root, scale, jobs):
     """Start a run, or go on with it, as a process; its output goes to output.txt. Starting it anew deletes what was made from it."""
-    here, begun, stale = root / run.name, state(run, root, scale) == "begun", {run}
+    here, begun = root / run.name, state(run, root, scale) == "begun"
     for other in runs if not begun else ():
-        if other in stale or other.needs & stale:
-            stale.add(other)
+        if other == run or run in other.needs:      # whose own followers are deleted when it starts anew
             shutil.rmtree(root / other.name, ignore_errors=True)
     here.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
@@ -163,7 +162,7 @@ def last_words(path, status):
 
 def execute(name, config):
     """Run what is not done of an experiment and write its results; returns how many runs failed or could not be started."""
-    experiment, runs, root = plan(name, config)
+    _, runs, root = plan(name, config)
     for data in dict.fromkeys(run.data for run in runs):
         prepare(data, config.source)
     done, failed, running = finished(runs, root, config.scale), set(), {}
@@ -231,7 +230,7 @@ def records_of(run, root, scale, done, look):
     settings = resolve(run.stage, flags_of(run, root, scale))
     if not seen.exists():
         results.FOLDER.mkdir(parents=True, exist_ok=True)
-        changes = look(run, runtime.load(root / run.name), settings["data_dir"])
+        changes = look(run, runtime.load(root / run.name), settings["data_dir"], root.name)
         runtime.write_atomically(seen, lambda path: path.write_text(json.dumps(changes)))
     points = [{key: point[key] for key in CURVE if key in point} for point in curve]
     record |= {**curve[-1], "lr": settings["lr"], "max_iters": settings["max_iters"], "flags": run.flags, "curve": points}

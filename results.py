@@ -1,7 +1,8 @@
 """Tables and figures of reproduce.py: from the records of an experiment's runs to results/<experiment>.json, .md and .png.
 
 A record is a dict: case and method (its row and its column), seed, done, and the numbers of a finished run: those of its last evaluation,
-with tokens, seconds and FLOPs summed over the runs that it goes on from; `curve` has the same numbers at each of its evaluations.
+with tokens, seconds and FLOPs summed over the runs that it goes on from; `curve` has the same numbers at each of its evaluations,
+`pictures` the names of further PNG files.
 """
 import itertools
 import json
@@ -13,7 +14,7 @@ from runtime import write_atomically
 
 TITLES = {"val_rnn_accuracy": ("Accuracy", ".3f"), "val_rnn_loss": ("Loss, nats per target", ".4f"),
           "val_teacher_loss": ("Loss of encoder and decoder, nats per target", ".4f"), "val_drift": ("Drift", ".4f"),
-          "val_gap_to_floor": ("Loss above the entropy of the data, nats per target", ".4f"), "seconds": ("Seconds of training", ",.0f"),
+          "val_gap_to_floor": ("Loss above the floor, nats per target", ".4f"), "seconds": ("Seconds of training", ",.0f"),
           "tokens": ("Tokens", ",.0f"), "sequential_flops": ("Sequential FLOPs", ".3g"), "lr": ("Learning rate", "g"),
           "max_iters": ("Optimiser steps of the last stage", ",.0f"), "uniformity": ("Uniformity of the encoder's memories", ".3f"),
           "effective_rank": ("Effective rank of the encoder's memories", ".1f"), "chance": ("Accuracy of chance", ".3f")}
@@ -27,15 +28,17 @@ COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#7
 def chosen(records):
     """The finished records; of several with the same case, method and seed (a grid of learning rates) that of the least held-out loss."""
     best = {}
-    for record in sorted((r for r in records if r["done"]), key=lambda r: r["val_rnn_loss"]):
-        best.setdefault((record["case"], record["method"], record["seed"]), record)
+    for record in (r for r in records if r["done"]):
+        key = record["case"], record["method"], record["seed"]
+        if key not in best or record["val_rnn_loss"] < best[key]["val_rnn_loss"]:
+            best[key] = record
     return list(best.values())
 
 
 def summarise(records, metrics):
     """{(case, method): {metric: its values, one for each seed}} of the chosen records."""
     cells = {}
-    for record in sorted(chosen(records), key=lambda r: r["seed"]):
+    for record in chosen(records):
         for metric in (m for m in metrics if m in record):
             cells.setdefault((record["case"], record["method"]), {}).setdefault(metric, []).append(record[metric])
     return cells
@@ -77,8 +80,9 @@ def write(name, facts, records, metrics, figure):
     content = json.dumps(facts | {"notes": lines}, indent=1)[:-2] + f',\n "rows": [\n  {rows}],\n "runs": [\n  {runs}]\n}}\n'
     write_atomically(FOLDER / f"{name}.json", lambda path: path.write_text(content))
     tables = [table(records, metric) for metric in metrics if any(metric in record for record in records if record["done"])]
+    pictures = [f"{name}.png", *(picture for record in records for picture in record.get("pictures", ()))]
     text = "\n".join([f"# {name}\n", *(f"- {key}: {value}" for key, value in facts.items()), "",
-                      *tables, *(f"{line}\n" for line in lines), f"![{name}]({name}.png)\n"])
+                      *tables, *(f"{line}\n" for line in lines), *(f"![{picture}]({picture})\n" for picture in pictures)])
     write_atomically(FOLDER / f"{name}.md", lambda path: path.write_text(text))
 
 
@@ -95,8 +99,11 @@ def panels(rows, columns, width, height):
 def save(figure, path):
     """Give the figure a legend of all that its panels show, and write it as a PNG, atomically."""
     labelled = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    for ax in figure.axes:
+        ax.xaxis.label.set_size(9), ax.yaxis.label.set_size(9), ax.title.set_size(10)
     if labelled:
-        figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=min(4, len(labelled)), fontsize=8)
+        columns = 2 * figure.axes[0].get_gridspec().ncols
+        figure.legend(labelled.values(), labelled.keys(), loc="outside upper center", ncols=columns, fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 
 

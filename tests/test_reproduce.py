@@ -263,7 +263,7 @@ def test_power_law_is_recovered_and_said_below_the_tables(tmp_path):
     records = [record(f"k {v}", "SMT", seed, 1.0, value=v, val_gap_to_floor=3 * v ** -0.5) | {"panel": "k"}
                for v in values for seed in (1, 2)]
     noted = results.against("val_gap_to_floor", fit=True)(records, tmp_path / "k.png")
-    assert noted == ["SMT: loss above the entropy of the data, nats per target = 3 x k^-0.500 (4 points)"]
+    assert noted == ["SMT: loss above the floor, nats per target = 3 x k^-0.500 (4 points)"]
 
 
 @pytest.mark.parametrize("figure", [results.dots("val_rnn_loss", "val_drift"), results.against("val_rnn_loss"),
@@ -296,14 +296,15 @@ def test_effective_rank_counts_the_directions_in_which_memories_vary():
 def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     checkpoint = runtime.load(smt_run("retrieval"))
     run = Run("tiny", "SMT", 1, "tiny", "smt")
-    numbers, = experiments.look_at_memories(run, checkpoint, data_dir)
+    numbers, = experiments.look_at_memories(run, checkpoint, data_dir, "x")
     assert numbers["uniformity"] < 0 and 0 < numbers["effective_rank"] <= 16
-    longer = experiments.look_at_length(run, checkpoint, data_dir)
+    longer = experiments.look_at_length(run, checkpoint, data_dir, "x")
     assert [(r["value"], r.get("method", run.method)) for r in longer] == [(k, m) for k in (1, 2, 4, 8) for m in ("SMT", "Encoder-decoder")]
     assert all(r["val_rnn_loss"] > 0 for r in longer) and longer[0]["val_rnn_loss"] != longer[2]["val_rnn_loss"]
     monkeypatch.setattr(experiments, "SCALING", {"memory_tokens": (2, 1), "d_model": (16, 8)})
-    assert [r["case"] for r in experiments.look_at_sizes(run, checkpoint, data_dir)] == ["d_model 8"]
+    assert [r["case"] for r in experiments.look_at_sizes(run, checkpoint, data_dir, "x")] == ["d_model 8"]
     (place / "results").mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
-        experiments.look_at_pictures(Run("mnist", "SMT+DMT", 1, "mnist", "dmt"), runtime.load(smt_run("mnist")), data_dir)
-    assert {path.name for path in (place / "results").iterdir()} == {"mnist-smt-dmt-1-samples.png", "mnist-smt-dmt-1-completions.png"}
+        painted, = experiments.look_at_pictures(Run("mnist", "SMT+DMT", 1, "mnist", "dmt"), runtime.load(smt_run("mnist")), data_dir, "x")
+    assert painted["pictures"] == ["x-smt-dmt-1-samples.png", "x-smt-dmt-1-completions.png"]
+    assert {path.name for path in (place / "results").iterdir()} == set(painted["pictures"])
