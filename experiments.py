@@ -298,7 +298,7 @@ EXPERIMENTS = {
                            results.curves(["seconds", "tokens"], ["val_rnn_loss"])),
     "length": Experiment("Does it hold on documents longer than those of training?", 10, 2, length_runs, ACCURACY,
                          results.against("val_rnn_accuracy", "val_rnn_loss"), look_at_length),
-    "text": Experiment("What is text worth to each method, for the same time and for the same tokens?", 60, 1, text_runs,
+    "text": Experiment("What is text worth to each method, for the same time and for the same tokens?", 30, 1, text_runs,
                        ("val_rnn_loss", "val_gap_to_floor", *COST), results.curves(COST, ["val_rnn_loss"])),
     "pixels": Experiment("Does it hold over 784 steps?", 20, 1, pixels_runs, ("val_rnn_loss", "val_drift", *COST),
                          results.curves(COST, ["val_rnn_loss"]), look_at_pictures),
