@@ -1,0 +1,307 @@
+"""The experiments of reproduce.py: what is run, with which flags, and what is made of it.
+
+First the flags, to be read and edited; then the runs that each experiment needs; then what a finished run is asked beside its last
+evaluation; at the end EXPERIMENTS, all of it by name.
+"""
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+import data as datasets
+import results
+import sample
+import tasks
+import train_smt
+from evaluate import evaluate
+from model import restore
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags are those of the train scripts; what is not said is the preset tiny.
+
+PROBE = "--max_iters=30 --log_interval=5 --eval_docs=4"       # a run that only tells how long a step takes
+MANY = "--eval_docs=256"        # documents that ask one question each: 64 are too few to tell 0.95 from 0.99
+DATA = {                        # {name here: (data set, its options, flags of all its runs)}
+    "retrieval 32": ("retrieval", dict(length="32"), MANY), "retrieval 64": ("retrieval", dict(length="64"), MANY),
+    "retrieval 128": ("retrieval", dict(length="128"), MANY), "copy 6": ("copy", dict(length="6"), MANY),
+    "copy 10": ("copy", dict(length="10"), MANY), "stack 32": ("stack", dict(length="32", depth=4), MANY),
+    "stack 64": ("stack", dict(length="64", depth=6), MANY),
+    "keyvalue 1": ("keyvalue", dict(keys=4, key_length=1, value_length=1), MANY),
+    "keyvalue 2": ("keyvalue", dict(keys=4, key_length=2, value_length=2), MANY),
+    "modular 5": ("modular", dict(length="16", modulus=5), MANY), "modular 7": ("modular", dict(length="16", modulus=7), MANY),
+    "fables": ("fables", {}, ""), "tinystories": ("tinystories", {}, ""), "mnist": ("mnist", {}, "--eval_docs=32 --eval_len=784")}
+
+TASKS = {"retrieval 32": dict(smt="", dmt="", bptt=""), "retrieval 64": dict(smt="--future_len=64", dmt="", bptt=""),
+         "retrieval 128": dict(smt="--future_len=128 --max_iters=300", dmt="--max_iters=200", bptt=""),
+         "copy 6": dict(smt="", dmt="", bptt=""), "copy 10": dict(smt="", dmt="", bptt=""),
+         "stack 32": dict(smt="", dmt="", bptt=""), "stack 64": dict(smt="", dmt="", bptt=""),
+         "keyvalue 1": dict(smt="", dmt="", bptt=""), "keyvalue 2": dict(smt="", dmt="", bptt=""),
+         "modular 5": dict(smt="", dmt="", bptt=""), "modular 7": dict(smt="", dmt="", bptt="")}
+LEARNING_RATES = (1e-3, 3e-3)                       # of BPTT; the best one at the first seed, by held-out loss, serves the other seeds
+FABLES = dict(smt="--max_iters=900", dmt="--max_iters=200", bptt="")     # a third of the preset, where there are many runs of them
+
+UPDATERS = {"retrieval 32": TASKS["retrieval 32"], "stack 32": TASKS["stack 32"], "fables": FABLES}
+
+ABLATION = {                                        # one factor at a time: a line of flags, of SMT or, after SMT as it is, of DMT
+    "retrieval 32": dict(TASKS["retrieval 32"], change_smt=[
+        "--lambda_dyn=0.01", "--lambda_dyn=1", "--lambda_unif=0", "--lambda_unif=0.1", "--detach", "--future_len=1", "--future_len=8",
+        "--positions=1", "--positions=16", "--encoder=window --context_len=32", "--positions=0 --unroll=4"],
+        change_dmt=["--label_stride=4", "--horizon=8", "--label_stride=4 --unroll=4"]),
+    "fables": dict(FABLES, change_smt=["--lambda_dyn=0.1", "--detach", "--p_start=0.1", "--p_start=0.5", "--unroll=1"],
+                   change_dmt=["--unroll=1", "--grow=0", "--grow=0 --horizon=110", "--grow=0 --horizon=110 --persistent", "--p_start=0.1"])}
+
+ENCODERS = {                                        # the first is the reference: the others train for as many seconds
+    "causal, 4 positions": "--encoder=causal --positions=4 --decode_every=4",
+    "causal, 16 positions": "--encoder=causal --positions=16 --decode_every=4",
+    "window, 1 position": "--encoder=window --positions=1 --decode_every=1",
+    "window, 4 positions": "--encoder=window --positions=4 --decode_every=4"}
+SPARSE = "--label_stride=8"                         # the same labels for all encoders: dense ones would take the window's an hour
+ENCODED = {"retrieval 64": dict(smt="--future_len=64 --context_len=64", dmt=SPARSE),
+           "stack 32": dict(smt="--context_len=32", dmt=SPARSE),
+           "fables": dict(smt="--max_iters=1800 --unroll=1 --trunk_iters=0 --lambda_trunk=0 --batch_size=8 --eval_docs=16",
+                          dmt="--max_iters=200 --unroll=1 --label_stride=16 --eval_docs=16")}
+
+LENGTHS, MULTIPLES = ("retrieval 32", "stack 32"), (1, 2, 4, 8)
+
+TEXT = {"fables": dict(smt="", dmt="", bptt="", transformer=""),
+        "tinystories": dict(smt="--max_iters=2500 --trunk_iters=1000", dmt="", bptt="--seq_len=256 --p_start=0.5", transformer="")}
+
+PIXELS = "--context_len=784 --batch_size=8"
+MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --positions=16 --decode_every=4 --unroll=1",
+             dmt="--max_iters=150 --batch_size=8 --horizon=112 --label_stride=16 --unroll=4", bptt=PIXELS, transformer=PIXELS)
+
+SCALING = {"memory_tokens": (4, 1, 2, 8), "context_len": (220, 32, 64, 128), "d_model": (64, 32, 128)}    # the first: the base
+
+
+def slug(text):
+    """A name for a folder."""
+    return re.sub(r"[^a-z0-9.=_]+", "-", text.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command: a train script, its flags and its data set. The other runs it refers to must be finished before it starts."""
+    case: str                       # what is compared: a line of the table
+    method: str                     # a column of the table; several runs of a method and seed: the best one by held-out loss counts
+    seed: int
+    data: str                       # of DATA
+    stage: str                      # of STAGES
+    flags: str = ""
+    after: "Run | None" = None      # whose weights it starts from
+    equal: str = ""                 # it spends as many seconds, or tokens, as the runs `to`: so many steps, at the speed of `probe`
+    to: tuple = ()
+    probe: "Run | None" = None
+    best_of: tuple = ()             # takes the learning rate of the best of these runs
+    tag: str = ""                   # tells runs of the same case, method and seed apart
+
+    @property
+    def name(self):
+        """Of its folder."""
+        return slug(f"{self.case} {self.method} {self.tag} {self.seed}")
+
+    @property
+    def needs(self):
+        return {run for run in (self.after, self.probe, *self.to, *self.best_of) if run}
+
+    @property
+    def line(self):
+        """What a curve of the figure is called."""
+        return self.case.removeprefix(f"{self.data}, ") if self.case != self.data else self.method
+
+
+def compare(data, seeds, smt="", dmt="", bptt=None, transformer=None, equal=("seconds",), rates=(), case=""):
+    """SMT, SMT then DMT, and the baselines whose flags are given, for as many seconds or tokens as both together.
+
+    equal: the first for every seed, the others for the first seed alone. rates: learning rates for BPTT to try at the first seed.
+    """
+    case, runs, grid = case or data, [], ()
+    baselines = {stage: flags for stage, flags in (("bptt", bptt), ("transformer", transformer)) if flags is not None}
+    probes = {stage: Run(case, "probe", seeds[0], data, stage, f"{flags} {PROBE}", tag=stage) for stage, flags in baselines.items()}
+    for seed in seeds:
+        first = Run(case, "SMT", seed, data, "smt", smt)
+        second = Run(case, "SMT+DMT", seed, data, "dmt", dmt, after=first)
+        runs += [first, second]
+        for (stage, flags), amount in itertools.product(baselines.items(), equal if seed == seeds[0] else equal[:1]):
+            method = f"{'BPTT' if stage == 'bptt' else 'Transformer'}, same {amount}"
+            baseline = functools.partial(Run, case, method, seed, data, stage, equal=amount, to=(first, second), probe=probes[stage])
+            if stage == "bptt" and rates and not grid:
+                grid = tuple(baseline(f"{flags} --lr={rate:g}", tag=f"lr={rate:g}") for rate in rates)
+                runs += grid
+            else:
+                runs.append(baseline(flags, best_of=grid if stage == "bptt" else ()))
+    return [*probes.values(), *runs]
+
+
+def tasks_runs(seeds, source):
+    return [run for data, flags in TASKS.items()
+            for run in compare(data, seeds, **flags, equal=("seconds", "tokens"), rates=LEARNING_RATES)]
+
+
+def dagger_runs(seeds, source):
+    """After SMT, DMT against as many seconds more of SMT: labels on the RNN's own memories, or more of them on the encoder's."""
+    runs, flags = [], TASKS["retrieval 64"]
+    for seed in seeds:
+        first, second = compare("retrieval 64", [seed], flags["smt"], flags["dmt"])
+        runs += [first, second, replace(first, method="SMT+SMT", after=first, equal="seconds", to=(second,), probe=first)]
+    return runs
+
+
+def updaters_runs(seeds, source):
+    return [run for data, flags in UPDATERS.items() for kind in ("transformer", "mlp", "gru")
+            for run in compare(data, seeds, f"{flags['smt']} --updater={kind}", flags["dmt"], f"{flags['bptt']} --updater={kind}",
+                               case=f"{data}, {kind}")]
+
+
+def ablation_runs(seeds, source):
+    runs = []
+    for data, flags in ABLATION.items():
+        for seed in seeds:
+            first, second = compare(data, [seed], flags["smt"], flags["dmt"], case=f"{data}, preset")
+            runs += [first, second]
+            for change in flags["change_smt"]:
+                runs += compare(data, [seed], f"{flags['smt']} {change}", flags["dmt"], case=f"{data}, {change}")
+            for change in flags["change_dmt"]:
+                runs.append(Run(f"{data}, DMT {change}", "SMT+DMT", seed, data, "dmt", f"{flags['dmt']} {change}", after=first))
+    return runs
+
+
+def encoders_runs(seeds, source):
+    """SMT with each encoder for as many seconds as the reference takes, then the same iterations of DMT."""
+    runs = []
+    for (data, flags), seed in itertools.product(ENCODED.items(), seeds):
+        reference = None
+        for kind, change in ENCODERS.items():
+            first, second = compare(data, [seed], f"{flags['smt']} {change}", flags["dmt"], case=f"{data}, {kind}")
+            if reference:
+                probe = replace(first, method="probe", seed=seeds[0], flags=f"{first.flags} {PROBE}")
+                first = replace(first, equal="seconds", to=(reference,), probe=probe)
+                second = replace(second, after=first)
+                runs.append(probe)
+            reference = reference or first
+            runs += [first, second]
+    return list(dict.fromkeys(runs))
+
+
+def length_runs(seeds, source):
+    return [run for data in LENGTHS
+            for run in compare(data, seeds, TASKS[data]["smt"], TASKS[data]["dmt"], transformer="", equal=("tokens",))]
+
+
+def text_runs(seeds, source):
+    """TinyStories only where its files are: its download is 2 GB."""
+    return [run for data, flags in TEXT.items() if data == "fables" or source
+            for run in compare(data, seeds, **flags, equal=("seconds", "tokens"))]
+
+
+def pixels_runs(seeds, source):
+    return compare("mnist", seeds, **MNIST)
+
+
+def scaling_runs(seeds, source):
+    """One size at a time; rows of 220 tokens whatever the context."""
+    changes = ["", *(f"--{name}={value}" for name, values in SCALING.items() for value in values[1:])]
+    return [run for change in changes
+            for run in compare("fables", seeds, f"{FABLES['smt']} --seq_len=220 {change}", f"{FABLES['dmt']} --seq_len=220",
+                               case=f"fables, {change or 'base'}")]
+
+
+# ---- what a finished run is asked beside its last evaluation: a list of changes to its record, one record for each.
+# place: the folder of its data set; name: of the results.
+
+def effective_rank(memories):
+    """In how many directions memories (n, K, d) vary: exp of the entropy of the normalised eigenvalues of their covariance (K d, K d)
+    (Roy and Vetterli 2007), from 1 to K d; 0 if all memories are the same."""
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(memories.double().flatten(1).T)).clamp(min=0)
+    total = float(eigenvalues.sum())
+    return math.exp(float(torch.special.entr(eigenvalues / total).sum())) if total > 1e-12 else 0.0
+
+
+@torch.no_grad()
+def look_at_memories(run, checkpoint, place, name):
+    """Uniformity and effective rank of the encoder's memories at 16 positions of 64 held-out documents."""
+    _, networks, _ = restore(checkpoint)
+    if "encoder" not in networks:
+        return [{}]
+    data = datasets.load(checkpoint["data"]["name"], place)
+    x, _ = datasets.held_out(data, 64, min(512, data.longest_document), seed=0)
+    t = torch.linspace(0, x.shape[1] - 1, min(16, x.shape[1])).long()
+    memories = networks["encoder"](x, t)[x[:, t] != data.pad]                                       # (n, K, d)
+    some = memories.flatten(0, 1)[::math.ceil(memories[..., 0].numel() / 2048)]
+    return [{"uniformity": float(train_smt.uniformity(some)), "effective_rank": effective_rank(memories)}]
+
+
+def look_at_length(run, checkpoint, place, name):
+    """Loss and accuracy on 64 new documents of 1, 2, 4 and 8 times the length; the encoder's under a method of its own."""
+    _, networks, initial_memory = restore(checkpoint)
+    meta, records = checkpoint["data"], []
+    low, high = meta["options"]["length"]
+    for k in MULTIPLES:
+        options, T = meta["options"] | {"length": (k * low, k * high)}, k * meta["longest_document"]
+        tokens, targets, _, _ = tasks.TASKS[meta["name"]](datasets.philox(k, 0, "held out"), 64 * T, **options)
+        x, y = (torch.from_numpy(part).long().view(64, T) for part in (tokens, targets))
+        numbers = evaluate(networks, initial_memory, x, torch.where(y == datasets.NOTHING_ASKED, datasets.IGNORE, y), meta)
+        here = dict(case=f"{run.case}, {k} x the length", panel=run.case, value=k, curve=None)
+        records.append({**here, **numbers})
+        if run.stage == "smt":
+            records.append({**here, "method": "Encoder-decoder", "val_rnn_loss": numbers["val_teacher_loss"], "val_rnn_accuracy": None})
+    return records
+
+
+def look_at_pictures(run, checkpoint, place, name):
+    """Paint samples and completions of held-out pictures beside the results."""
+    pictures, (_, networks, initial_memory) = [], restore(checkpoint)
+    for what, prompt, n in (("samples", "", 16), ("completions", "held-out", 8)):
+        config = sample.Config(data_dir=str(place), prompt=prompt, num_samples=n)
+        pictures.append(f"{name}-{slug(run.method)}-{run.seed}-{what}.png")
+        sample.paint(networks, initial_memory, checkpoint["data"], config, results.FOLDER / pictures[-1])
+    return [{"pictures": pictures}]
+
+
+def look_at_sizes(run, checkpoint, place, name):
+    """A record for each size of SCALING that the run stands for: all the others are those of the base."""
+    sizes = {size: checkpoint["model_config"][size] for size in SCALING}
+    return [dict(case=f"{size} {value}", panel=size, value=value) for size, value in sizes.items()
+            if all(sizes[other] == SCALING[other][0] for other in SCALING if other != size)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is asked, about how long the answer takes, the runs it needs and what is made of them."""
+    question: str
+    minutes: int                    # of all runs, two at a time on 2 cores
+    seeds: int
+    runs: Callable                  # (seeds, source) -> runs
+    metrics: tuple                  # a table each
+    figure: Callable
+    look: Callable = lambda run, checkpoint, place, name: [{}]
+
+
+ACCURACY = ("val_rnn_accuracy", "val_rnn_loss")
+COST = ("seconds", "tokens", "sequential_flops")
+EXPERIMENTS = {
+    "tasks": Experiment("Does SMT then DMT learn what BPTT learns, in the same time, and from as many sequences?", 70, 2, tasks_runs,
+                        (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
+    "dagger": Experiment("Is it DMT that makes the RNN stand alone, or would more of SMT do?", 10, 3, dagger_runs,
+                         (*ACCURACY, "val_teacher_loss", "val_drift", "seconds"),
+                         results.curves(["seconds"], ["val_rnn_accuracy", "val_drift"])),
+    "updaters": Experiment("Does it depend on the kind of RNN?", 30, 1, updaters_runs,
+                           (*ACCURACY, "uniformity", "effective_rank", "seconds"),
+                           results.dots("val_rnn_loss", "effective_rank"), look_at_memories),
+    "ablation": Experiment("What does each part of SMT and DMT contribute?", 40, 1, ablation_runs, (*ACCURACY, "val_drift", "seconds"),
+                           results.dots("val_rnn_loss", "val_drift")),
+    "encoders": Experiment("One window for each memory, or many memories from one pass?", 45, 2, encoders_runs,
+                           (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
+                           results.curves(["seconds", "tokens"], ["val_rnn_loss"])),
+    "length": Experiment("Does it hold on documents longer than those of training?", 10, 2, length_runs, ACCURACY,
+                         results.against("val_rnn_accuracy", "val_rnn_loss"), look_at_length),
+    "text": Experiment("What is text worth to each method, for the same time and for the same tokens?", 30, 1, text_runs,
+                       ("val_rnn_loss", "val_gap_to_floor", *COST), results.curves(COST, ["val_rnn_loss"])),
+    "pixels": Experiment("Does it hold over 784 steps?", 20, 1, pixels_runs, ("val_rnn_loss", "val_drift", *COST),
+                         results.curves(COST, ["val_rnn_loss"]), look_at_pictures),
+    "scaling": Experiment("How does the loss fall with the memory, the context and the width?", 30, 1, scaling_runs,
+                          ("val_rnn_loss", "val_gap_to_floor", "seconds"), results.against("val_gap_to_floor", fit=True), look_at_sizes),
+}

@@ -1,0 +1,302 @@
+"""Run a named experiment end to end, and write its table and figure to results/<experiment>.json, .md and .png.
+
+    python reproduce.py                     # lists the experiments: what is done, what remains, about how long
+    python reproduce.py tasks --jobs=2      # run one, or go on with it: two runs at a time, one thread each
+    python reproduce.py dagger length       # one after the other
+    python reproduce.py tasks --scale=0.1   # a tenth of the steps, kept apart from the full runs: a first look
+    python reproduce.py pixels --source=FOLDER    # with the idx files of MNIST; text: adds TinyStories, from its two files
+
+An experiment is a list of runs of the train scripts. Runs live in runs/reproduce/<experiment>/, their data sets in
+runs/reproduce/data/. A finished run is not run again unless its flags have changed; an interrupted one is resumed. Ctrl-C stops the
+runs, which save first. Tables and figure are written anew whenever a run is finished.
+"""
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+import data as datasets
+import results
+import runtime
+import tasks
+import train_bptt
+import train_dmt
+import train_smt
+import train_transformer
+from bench import device_name
+from experiments import DATA, EXPERIMENTS, slug
+from runtime import UsageError
+
+SEED, RUNS = 1337, Path("runs/reproduce")
+STAGES = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
+LEAST_STEPS = 20       # of a run that --scale shortens
+CURVE = ("seconds", "tokens", "sequential_flops", "val_rnn_loss", "val_rnn_accuracy", "val_drift")     # kept of each evaluation
+EVALUATIONS = 8        # of a run, beside the one before the first step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run is told, and how far it is. `root` is the folder of the experiment's runs.
+
+@functools.cache
+def resolve(stage, flags):
+    """The config that a train script makes of its flags, a tuple, as a dict."""
+    return dataclasses.asdict(runtime.parse(STAGES[stage].Config, flags, presets=STAGES[stage].PRESETS))
+
+
+def lines_of(path):
+    """The lines of a text file; none if there is no file."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def log_of(run, root):
+    """The lines of a run's metrics.jsonl, as dicts."""
+    return [json.loads(line) for line in lines_of(root / run.name / "metrics.jsonl")]
+
+
+def evaluations(run, root):
+    """Those of an evaluation, with what the runs that this one goes on from had spent added."""
+    before = evaluations(run.after, root)[-1] if run.after else {}
+    return [line | {name: line[name] + before.get(name, 0) for name in ("seconds", "tokens", "flops", "sequential_flops")}
+            for line in log_of(run, root) if "val_rnn_loss" in line]
+
+
+def steps_for(amount, spent):
+    """How many steps spend an amount at the rate of a log: spent is [(step, amount until then)]. The first line with a step, which
+    the warm-up slows down, only counts where it is the only one."""
+    (first, at_first), (last, at_last) = next(line for line in spent if line[0] > 0), spent[-1]
+    rate = (at_last - at_first) / (last - first) if last > first else at_last / last
+    return max(1, round(amount / rate))
+
+
+def flags_of(run, root, scale):
+    """The flags of a run whose needs are finished: a tuple."""
+    flags = [f"--dataset={DATA[run.data][0]}", f"--data_dir={RUNS / 'data' / slug(run.data)}", f"--out_dir={root / run.name}",
+             f"--seed={run.seed}", "--preset=tiny", *DATA[run.data][2].split(), *run.flags.split()]
+    if run.after:
+        flags.append(f"--init_from={root / run.after.name}")
+    if run.best_of:
+        best = min(run.best_of, key=lambda other: evaluations(other, root)[-1]["val_rnn_loss"])
+        flags.append(f"--lr={resolve(best.stage, flags_of(best, root, scale))['lr']:g}")
+    steps = resolve(run.stage, tuple(flags))["max_iters"]
+    if run.equal:
+        amount = sum(log_of(other, root)[-1][run.equal] for other in run.to)
+        steps = steps_for(amount, [(line["step"], line[run.equal]) for line in log_of(run.probe, root)])
+    elif scale != 1:
+        steps = max(min(steps, LEAST_STEPS), round(scale * steps))
+    return *flags, f"--max_iters={steps}", f"--eval_interval={math.ceil(steps / EVALUATIONS)}"
+
+
+def state(run, root, scale):
+    """done, begun (there is a checkpoint to go on from) or new, of a run whose needs are finished. What was run with other flags is new."""
+    here = root / run.name
+    if not (here / "ckpt.pt").exists():         # which is written after config.json
+        return "new"
+    told, told_now = json.loads((here / "config.json").read_text()), resolve(run.stage, flags_of(run, root, scale))
+    same = all(told.get(name, value) == value for name, value in told_now.items() if name != "resume")
+    if not same:
+        return "new"
+    last = (log_of(run, root) or [{}])[-1]
+    return "done" if last.get("step") == told["max_iters"] and "val_rnn_loss" in last else "begun"
+
+
+def finished(runs, root, scale):
+    """The runs that are done, and whose needs are."""
+    done = set()
+    for run in runs:                # in an order in which each comes after its needs
+        if run.needs <= done and state(run, root, scale) == "done":
+            done.add(run)
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runner
+
+def prepare(data, source):
+    """Prepare a data set of DATA where it is missing."""
+    name, options, _ = DATA[data]
+    place = RUNS / "data" / slug(data)
+    if not (place / name / "meta.json").exists():
+        datasets.prepare(name, place, source if name not in datasets.GENERATED else None, **options)
+
+
+def launch(run, runs, root, scale, jobs):
+    """Start a run, or go on with it, as a process; its output goes to output.txt. Starting it anew deletes what was made from it."""
+    here, begun = root / run.name, state(run, root, scale) == "begun"
+    for other in runs if not begun else ():
+        if other == run or run in other.needs:      # whose own followers are deleted when it starts anew
+            shutil.rmtree(root / other.name, ignore_errors=True)
+    here.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    command = [sys.executable, STAGES[run.stage].__file__, *flags_of(run, root, scale), *["--resume"] * begun]
+    with open(here / "output.txt", "w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment), time.perf_counter()
+
+
+def note_launch(run, root, jobs, began):
+    """Note where and how long a run was running: the machine is part of the result."""
+    threads = 1 if jobs > 1 else torch.get_num_threads()
+    machine = f"{device_name(runtime.choose_device('auto'))}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} a run, " \
+              f"{jobs} at a time, torch {torch.__version__}"
+    with open(root / run.name / "launches.jsonl", "a") as file:
+        file.write(json.dumps({"machine": machine, "seconds": (time.perf_counter() - began) / jobs}) + "\n")
+
+
+def last_words(path, status):
+    """Why a run ended too early, in one line, from its output."""
+    output = lines_of(path)
+    errors = [line for line in output if line.startswith("error: ")]
+    return errors[-1] if errors else f"ended with status {status} after {output[-1] if output else 'no output'!r}"
+
+
+def execute(name, config):
+    """Run what is not done of an experiment and write its results; returns how many runs failed or could not be started."""
+    _, runs, root = plan(name, config)
+    for data in dict.fromkeys(run.data for run in runs):
+        prepare(data, config.source)
+    done, failed, running = finished(runs, root, config.scale), set(), {}
+    todo = [run for run in runs if run not in done]
+    print(f"{name}: {len(todo)} of {len(runs)} runs to do; table and figure: {results.FOLDER / root.name}.md", flush=True)
+    report(name, config, done)
+    try:
+        while todo or running:
+            for run in list(todo):
+                if run.needs & failed:
+                    print(f"{run.name}: not started, {', '.join(sorted(other.name for other in run.needs & failed))} failed", flush=True)
+                    failed.add(run)
+                    todo.remove(run)
+                elif run.needs <= done and len(running) < config.jobs:
+                    running[run] = launch(run, runs, root, config.scale, config.jobs)
+                    todo.remove(run)
+            time.sleep(0.1)
+            for run, (process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[run]
+                note_launch(run, root, config.jobs, began)
+                if process.returncode or state(run, root, config.scale) != "done":
+                    print(f"{run.name}: {last_words(root / run.name / 'output.txt', process.returncode)}", flush=True)
+                    failed.add(run)
+                    continue
+                done.add(run)
+                last = evaluations(run, root)[-1]
+                print(f"{len(done)} of {len(runs)}  {run.name}: loss {last['val_rnn_loss']:.4f}, accuracy {last['val_rnn_accuracy']:.3f}, "
+                      f"{last['seconds']:.0f} s", flush=True)
+                report(name, config, done)
+    finally:
+        for run, (process, began) in running.items():
+            process.send_signal(signal.SIGINT)      # it saves
+        for run, (process, began) in running.items():
+            process.wait()
+            note_launch(run, root, config.jobs, began)
+    return len(failed)
+
+
+def report(name, config, done):
+    """Write tables and figure of the runs that are done."""
+    experiment, runs, root = plan(name, config)
+    launches = [json.loads(line) for run in runs for line in lines_of(root / run.name / "launches.jsonl")]
+    told = {flag: value for flag, value in vars(config).items() if value != getattr(Config, flag)}
+    told |= {"source": "FOLDER"} if config.source else {}
+    command = " ".join(["python reproduce.py", name, *(f"--{flag}={value}" for flag, value in told.items())])
+    facts = {"question": experiment.question, "command": f"`{command}`", "seeds": ", ".join(map(str, seeds_of(name, config))),
+             "runs": f"{len(done)} of {len(runs)} done", "machine": "; ".join(sorted({line["machine"] for line in launches})) or "-",
+             "time": f"{sum(line['seconds'] for line in launches) / 60:.0f} minutes", "cells": "mean (least..greatest) over the seeds"}
+    records = [record for run in runs if run.method != "probe"
+               for record in records_of(run, root, config.scale, run in done, experiment.look)]
+    results.write(root.name, facts, records, experiment.metrics, experiment.figure)
+
+
+def records_of(run, root, scale, done, look):
+    """The records of a run, as results.py describes them. What `look` says of a finished run is kept in its folder."""
+    record = dict(case=run.case, method=run.method, seed=run.seed, panel=run.data, line=run.line, name=run.name, done=done)
+    options = tasks.OPTIONS.get(DATA[run.data][0], {}) | DATA[run.data][1]
+    if options:
+        record["chance"] = 1 / options.get("symbols", options.get("modulus"))
+    if not done:
+        return [record]
+    curve, seen = evaluations(run, root), root / run.name / "seen.json"
+    settings = resolve(run.stage, flags_of(run, root, scale))
+    if not seen.exists():
+        results.FOLDER.mkdir(parents=True, exist_ok=True)
+        changes = look(run, runtime.load(root / run.name), settings["data_dir"], root.name)
+        runtime.write_atomically(seen, lambda path: path.write_text(json.dumps(changes)))
+    points = [{key: point[key] for key in CURVE if key in point} for point in curve]
+    record |= {**curve[-1], "lr": settings["lr"], "max_iters": settings["max_iters"], "flags": run.flags, "curve": points}
+    return [{key: value for key, value in (record | change).items() if value is not None} for change in json.loads(seen.read_text())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Config:
+    """What reproduce.py can be told, after the names of experiments."""
+    jobs: int = 1           # runs at a time; of several, each uses one thread
+    seeds: int = 0          # seeds 1337, 1338, ..; 0: as many as the experiment asks for
+    scale: float = 1.0      # share of the optimiser steps; the runs and results of another scale are kept apart
+    source: str = ""        # folder of original files: the idx files of MNIST for pixels, the two of TinyStories for text
+
+    def __post_init__(self):
+        if self.jobs < 1 or self.seeds < 0 or not self.scale > 0:
+            raise UsageError("--jobs is at least 1, --seeds is not negative, --scale is above 0")
+
+
+def seeds_of(name, config):
+    return [SEED + i for i in range(config.seeds or EXPERIMENTS[name].seeds)]
+
+
+def plan(name, config):
+    """An experiment, its runs, each after its needs, and their folder."""
+    experiment = EXPERIMENTS[name]
+    root = RUNS / (name if config.scale == 1 else f"{name}-x{config.scale:g}")
+    return experiment, experiment.runs(seeds_of(name, config), config.source), root
+
+
+def overview(config):
+    """Print a line for each experiment."""
+    print(f"{'experiment':12}{'runs':>6}{'done':>6}{'minutes left':>14}  question")
+    for name, experiment in EXPERIMENTS.items():
+        _, runs, root = plan(name, config)
+        done, all_runs = len(finished(runs, root, config.scale)), len(experiment.runs(range(experiment.seeds), ""))
+        left = experiment.minutes * config.scale * (len(runs) - done) / all_runs
+        print(f"{name:12}{len(runs):>6}{done:>6}{left:>14.0f}  {experiment.question}")
+
+
+def interrupt(*_):
+    """SIGTERM is Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def command_line(arguments):
+    """The names of experiments, and the Config of the flags after them. UsageError for an unknown name."""
+    names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    for name in names:
+        if name not in EXPERIMENTS:
+            near = get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.0)[0]
+            raise UsageError(f"there is no experiment {name!r}; the nearest is {near}, all are {', '.join(EXPERIMENTS)}")
+    return names, runtime.parse(Config, arguments[len(names):])
+
+
+def main():
+    names, config = command_line(sys.argv[1:])
+    signal.signal(signal.SIGTERM, interrupt)
+    failed = [execute(name, config) for name in names]
+    if not names:
+        overview(config)
+    if sum(failed):
+        raise runtime.DataError(f"{sum(failed)} runs failed: the same command tries them again; their output.txt says more")
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
