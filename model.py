@@ -65,17 +65,22 @@ def at_least_float32(x):
 
 
 def rope(positions, head_dim):
-    """Rotary position embedding (Su et al. 2021): e^{i position frequency}, complex (n, head_dim / 2), for positions (n,)."""
+    """Rotary position embedding (Su et al. 2021): cos and sin of position frequency, (n, head_dim / 2, 2), for positions (n,)."""
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angles = positions[:, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(q, turns):
-    """Turn the neighbouring pairs of q (B, n, .., h, head_dim) by the angles of their positions, turns (n, head_dim / 2)."""
-    pairs = torch.view_as_complex(at_least_float32(q).unflatten(-1, (-1, 2)))
-    turns = turns.view(len(turns), *[1] * (q.dim() - 3), -1)
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(q)
+    """Turn the neighbouring pairs of q (B, n, .., h, head_dim) by the angles of their positions, turns (n, head_dim / 2, 2)."""
+    pairs = at_least_float32(q).unflatten(-1, (-1, 2))
+    turns = turns.view(len(turns), *[1] * (q.dim() - 3), *turns.shape[1:])
+    if torch.compiler.is_compiling():       # the compiler fuses real numbers with what is around them, and cannot do complex ones
+        (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:                                   # one operation; the lines above take 4 times as long on a CPU
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
+    return turned.flatten(-2).type_as(q)
 
 
 class Stem(nn.Module):

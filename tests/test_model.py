@@ -106,6 +106,19 @@ def reference_memory(encoder, x, t):
     return rms_norm(reference_transformer(encoder.transformer, h, positions, sees, joined)[-K:])
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 2, 3, 8), (2, 6, 3, 4)])
+def test_rotation_equals_a_loop_over_pairs_compiled_or_not_and_so_do_its_gradients(shape):
+    q, positions = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 5, 9, 20])
+    expected = torch.stack([torch.stack([turned(v, positions[i % 6].item()) for v in row.view(-1, shape[-1])]).view(row.shape)
+                            for i, row in enumerate(q.flatten(0, 1))]).view(shape)
+    weight = torch.randn(shape, dtype=torch.float64)
+    goal = torch.autograd.grad((expected * weight).sum(), q)[0]
+    for rotate in (model.rotate, torch.compile(model.rotate, backend="eager", fullgraph=True)):
+        found = rotate(q, model.rope(positions.double(), shape[-1]))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)           # the frequencies are float32
+        torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), q)[0], goal, rtol=1e-6, atol=1e-6)
+
+
 @ENCODERS
 def test_encoder_equals_a_plain_reference_for_every_position_and_so_do_its_gradients(changes, monkeypatch):
     encoder = randomise(Encoder(config(**changes), V))
