@@ -14,7 +14,7 @@ import data as datasets
 import fables
 import runtime
 from data import IGNORE
-from model import restore, roll_out
+from model import restore, roll_out_without_gradients
 from runtime import UsageError
 from sample import complete_stories, find_checkpoint
 
@@ -58,7 +58,7 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64):
     memories, logits = [], []
     for part in x.split(rows):
         if "updater" in networks:
-            memories.append(roll_out(networks["updater"], initial_memory.expand(len(part), -1, -1), part))
+            memories.append(roll_out_without_gradients(networks["updater"], initial_memory.expand(len(part), -1, -1), part))
             logits.append(networks["readout"](memories[-1].flatten(0, 1)).float().view(len(part), length, -1))
         else:
             logits.append(networks["decoder"].read(part)[0].float())

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime import DataError, UsageError
+from runtime import DataError, UsageError, captured
 
 
 @dataclass(frozen=True)
@@ -350,6 +350,19 @@ def roll_out(updater, memory, x):
         memory = updater(memory, token)
         memories.append(memory)
     return torch.stack(memories, dim=1)
+
+
+GRAPH_STEPS = 64       # of a roll-out in one CUDA graph; a longer one replays it
+roll_out_window = captured(roll_out)
+
+
+def roll_out_without_gradients(updater, memory, x):
+    """roll_out for inference, several times faster on CUDA."""
+    memories = []
+    for window in x.split(GRAPH_STEPS, dim=1):
+        memories.append(roll_out_window(updater, memory, window))
+        memory = memories[-1][:, -1]
+    return torch.cat(memories, dim=1)
 
 
 NETWORKS = {"encoder": Encoder, "decoder": Decoder, "updater": Updater, "readout": Readout}

@@ -387,6 +387,31 @@ def test_rolling_out_at_once_equals_reading_token_by_token(kind):
 
 
 @UPDATERS
+def test_roll_out_without_gradients_equals_the_plain_one_however_long(kind, monkeypatch):
+    monkeypatch.setattr(model, "GRAPH_STEPS", 3)
+    updater, start = randomise(Updater(config(updater=kind), V)), memories(2)
+    for length in (1, 3, 7):
+        found = model.roll_out_without_gradients(updater, start, tokens(2, length))
+        torch.testing.assert_close(found, roll_out(updater, start, tokens(2, length)), rtol=0, atol=0)
+        assert not found.requires_grad and not found.is_inference()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_roll_out_from_cuda_graphs_equals_the_plain_one_also_after_an_update_in_place(autocast):
+    updater = randomise(Updater(config(), V)).float().cuda()
+    for _ in range(2):
+        for rows, length in ((2, 5), (3, 2 * model.GRAPH_STEPS + 1)):
+            start, x = model.normalise(torch.randn(rows, 3, 8, device="cuda")), tokens(rows, length).cuda()
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                found, expected = model.roll_out_without_gradients(updater, start, x), roll_out(updater, start, x)
+            torch.testing.assert_close(found[:, :5], expected[:, :5], rtol=1e-2, atol=1e-2)       # later, rounding has added up
+        with torch.no_grad():
+            for parameter in updater.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+@UPDATERS
 def test_memories_have_unit_root_mean_square_and_are_float32_under_autocast(kind):
     networks = build(config(updater=kind), V)
     with torch.autocast("cpu", torch.bfloat16):
