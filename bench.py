@@ -162,14 +162,11 @@ def optimiser_step(row, stage, config, data, run, note):
     elif stage == "bptt":
         networks, loss = build(config, V, ("updater", "readout")), lambda *batch: train_bptt.bptt_loss(*batch, config.truncate)
         networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
-        if run.compile:     # a step of the RNN at a time: a graph of all T of them takes too long to compile
-            networks["updater"].compile(dynamic=False)
-            networks["readout"].compile(dynamic=False)
-            run = replace(run, compile=False)
     else:
         networks, loss = build(train_transformer.model_config(config), V, ("decoder",)), train_transformer.transformer_loss
     networks.to(run.device)
-    optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run)
+    parts = dict(parts=("updater", "readout")) if stage == "bptt" else {}
+    optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run, **parts)
 
     def measure(step):
         note()
@@ -201,12 +198,14 @@ def dmt(config, smt_config, data, run, note, spent):
         networks[name].requires_grad_()
     optimizer = runtime.adamw(networks, config)
     module = runtime.distribute(networks, lambda *batch: train_dmt.dmt_loss(*batch, config), run)
+    if run.compile:
+        networks["updater"].compile(dynamic=False)      # for the roll-outs
     networks["encoder"].register_forward_pre_hook(lambda *_: note("DMT roll-out"))
     networks["encoder"].register_forward_hook(lambda *_: note("DMT labels"))
 
     def measure(step):
         begins, pairs = train_dmt.choose_pairs(config, step, T, h)
-        begins, pairs = begins.to(device), [(runs.to(device), reads.to(device)) for runs, reads in pairs]
+        pairs = [(runs.to(device), reads.to(device)) for runs, reads in pairs]
         x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start)
         x_rolled, y_rolled, place = train_dmt.cut(x, begins, h), train_dmt.cut(y, begins, h), 0
         note()
@@ -225,7 +224,7 @@ def dmt(config, smt_config, data, run, note, spent):
 
     begins, pairs = train_dmt.choose_pairs(config, 0, T, h)
     n, labelled, rows = len(begins), sum(runs.numel() for runs, _ in pairs), config.batch_size * len(begins)
-    forward = forward_flops(model_config, data.vocab_size, T, n * (1 + labelled))
+    forward = forward_flops(model_config, data.vocab_size, T, n * labelled + train_dmt.encoded_starts(begins))
     flops, _ = train_dmt.step_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
     labels, step = config.batch_size * forward["encoder"], rows * forward["updater"]
     return {"DMT iteration": (rows * h, flops), "DMT roll-out": (rows * h, h * step), "DMT roll-out, one step": (rows, step),
