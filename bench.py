@@ -1,7 +1,7 @@
 """Speed, memory, and how they grow: all stages side by side, on random tokens. No data set is needed.
 
     python bench.py                                    # sizes for a CPU; a minute or two on 2 cores
-    python bench.py --device=cuda --preset=paper       # the paper's sizes
+    python bench.py --device=cuda --preset=paper       # the paper's sizes; a few minutes, most of them spent compiling
     python bench.py --grow=T                           # 64 to 2048 tokens, 4 rows
     python bench.py --grow=batch --json=batch.json     # 2 to 128 rows; the same numbers as JSON, too
     python bench.py --grow=processes                   # train_smt.py by 1 and by 2 processes on this CPU
@@ -17,6 +17,9 @@ losses, the backward pass and the optimiser; drawing its rows is a line of its o
     peak MiB        CUDA: allocated meanwhile, with all that is loaded; CPU: of the process, meanwhile
     x first         --grow: the time over that at the first size
     -               does not apply, or CUDA ran out of memory
+
+DMT's roll-out and sampling replay CUDA graphs on CUDA; `DMT roll-out, plain` is the same without. Of the preset paper BPTT gets 32
+rows, because the activations of all steps of 128 need not fit on a GPU.
 
 --grow=T: T is the length of a row, of what encoder and Transformer read, and of DMT's roll-out, which gets as many labels as in the
 preset (at most one in label_stride steps).
@@ -51,7 +54,7 @@ import train_dmt
 import train_smt
 import train_transformer
 from data import IGNORE
-from model import ModelConfig, build, forward_flops, model_fields
+from model import ModelConfig, build, forward_flops, model_fields, roll_out
 from runtime import DataError, UsageError
 
 STAGES = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
@@ -62,6 +65,7 @@ SIZES = {"cpu": {"smt": CPU | dict(batch_size=32, seq_len=128),
                  "bptt": CPU | dict(batch_size=16, seq_len=64),
                  "transformer": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=128, batch_size=32)},
          **{name: {stage: script.PRESETS[name] for stage, script in STAGES.items()} for name in ("tiny", "small", "paper")}}
+SIZES["paper"]["bptt"] = SIZES["paper"]["bptt"] | dict(batch_size=32)
 GROWTH = {"T": (64, 128, 256, 512, 1024, 2048), "batch": (2, 8, 32, 128), "processes": (1, 2)}
 GROWN_ROWS = 4           # of --grow=T: BPTT keeps the activations of all T steps
 STREAMS, SAMPLED = (1, 128), 16          # sampled from at once; tokens of each in a round
@@ -221,13 +225,19 @@ def dmt(config, smt_config, data, run, note, spent):
         seconds, peaks = zip(*spent.values())
         spent["DMT iteration"] = sum(seconds), max(peaks)
         spent["DMT roll-out, one step"] = spent["DMT roll-out"][0] / h, spent["DMT roll-out"][1]
+        if device.type == "cuda":
+            note()
+            with torch.no_grad(), run.autocast():
+                roll_out(networks["updater"], after[:, 0], x_rolled)
+            note("DMT roll-out, plain")
 
     begins, pairs = train_dmt.choose_pairs(config, 0, T, h)
     n, labelled, rows = len(begins), sum(runs.numel() for runs, _ in pairs), config.batch_size * len(begins)
     forward = forward_flops(model_config, data.vocab_size, T, n * labelled + train_dmt.encoded_starts(begins))
     flops, _ = train_dmt.step_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
     labels, step = config.batch_size * forward["encoder"], rows * forward["updater"]
-    return {"DMT iteration": (rows * h, flops), "DMT roll-out": (rows * h, h * step), "DMT roll-out, one step": (rows, step),
+    plain = {"DMT roll-out, plain": (rows * h, h * step)} if device.type == "cuda" else {}
+    return {"DMT iteration": (rows * h, flops), "DMT roll-out": (rows * h, h * step), "DMT roll-out, one step": (rows, step), **plain,
             "DMT labels": (rows * h, labels), "DMT supervised pass": (rows * h, flops - labels - h * step)}, measure
 
 
@@ -381,13 +391,15 @@ def main():
         torch.set_num_threads(config.threads or 1)
     run = runtime.Run(device, 0, 1, Path(), cuda if config.compile is None else config.compile, 1)
     rows = bench(config, run)
+    smt = build(stage_configs(config.preset, config.seed)["smt"], VOCAB_SIZE)
+    gradient_bytes = sum(p.numel() * p.element_size() for p in smt.parameters())
     rate = 1000 * 2 * 512**3 / median(row["ms"] for row in rows if row["item"] == "matrix product")
     facts = dict(device=device_name(device), torch=torch.__version__, threads=torch.get_num_threads(),
-                 precision="bf16 autocast" if cuda else "float32", compile=run.compile, matrix_flops_per_second=rate,
+                 precision="bf16 autocast" if cuda else "float32", compile=run.compile, matrix_flops_per_second=rate, gradient_bytes=gradient_bytes,
                  preset=config.preset, rounds=config.rounds, seed=config.seed, grow=config.grow)
     print(f"{facts['device']}, torch {facts['torch']}, threads {facts['threads']}, {facts['precision']}, "
           f"compile {'on' if run.compile else 'off'}, {rate / 1e9:,.1f} GFLOP/s with 512 x 512 matrices, "
-          f"preset {config.preset}, rounds {config.rounds}")
+          f"preset {config.preset}, rounds {config.rounds}, {gradient_bytes / 1e6:,.1f} MB of gradients to exchange in an SMT step")
     print(table(rows, config.grow))
     if config.json:
         text = json.dumps(facts | {"rows": rows}, indent=1) + "\n"

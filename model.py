@@ -407,23 +407,25 @@ def forward_flops(config, vocab_size, T, S):
     one memory."""
     d, K = config.d_model, config.memory_tokens
 
-    def stack(n_layers, tokens, keys):
-        return n_layers * tokens * (24 * d * d + 4 * keys * d)
+    def stack(n_layers, tokens, keys, kept=None):
+        """Transformer: in the last layer the tokens that are not `kept` only make queries, keys and values."""
+        unused = 0 if kept is None else tokens - kept
+        return n_layers * tokens * (24 * d * d + 4 * keys * d) - unused * (18 * d * d + 4 * keys * d)
 
     def mix(tokens):
         return tokens * 2 * d * d * config.conv_width if config.conv_width > 1 else 0
 
     window, seen = config.context_len + K, min(config.context_len, T) // 2 + K
     decoded, last = K + config.future_len - 1, 2 * d * vocab_size
-    return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window)) if config.encoder == "window" else
-                        mix(T + 1) + stack(config.encoder_layers, T + 1, T // 2) + stack(config.register_layers, S * K, seen)),
+    return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window" else
+                        mix(T + 1) + stack(config.encoder_layers, T + 1, T // 2, 0) + stack(config.register_layers, S * K, seen)),
             "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, T // 2) + T * last,
             "decoder": mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last,
-            "first": stack(config.decoder_layers, K, K) + last,
-            "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1),
+            "first": stack(config.decoder_layers, K, K, 1) + last,
+            "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K),
                         "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d),
                         "gru": 6 * K * d * (K * d + d)}[config.updater],
-            "readout": stack(config.readout_layers, K, K) + last}
+            "readout": stack(config.readout_layers, K, K, 1) + last}
 
 
 def chain_flops(network):

@@ -4,10 +4,13 @@ import math
 import pytest
 import torch
 from conftest import randomise
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import sample
-from model import Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, chain_flops, parameter_counts, restore, roll_out
+from model import (Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, chain_flops, forward_flops, parameter_counts, restore,
+                   roll_out)
 from runtime import DataError, UsageError
 
 V, T = 5, 7
@@ -484,3 +487,20 @@ def test_longest_chain_goes_through_every_matrix_once_and_looks_embeddings_up(co
     for name, network in build(config(conv_width=conv_width), V).items():
         linear = [m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear)]
         assert len(linear) > 4 and chain_flops(network) == 2 * sum(linear), name
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(encoder="causal", encoder_layers=3, conv_width=8), dict(updater="mlp"), dict(updater="gru")],
+                         ids=["window", "causal", "mlp", "gru"])
+def test_flops_are_those_that_torch_counts(changes):
+    """All products of matrices; torch counts those of causal attention in full, we count half."""
+    sizes = config(d_model=32, context_len=24, future_len=16, **changes)
+    networks, B, memory, x, t = build(sizes, V), 3, torch.randn(3, 3, 32), tokens(3, 20), torch.arange(5) * 3
+    calls = {"encoder": lambda: networks["encoder"](x, t), "decoder": lambda: networks["decoder"](memory, x[:, :15]),
+             "first": lambda: networks["decoder"](memory, x[:, :0]), "updater": lambda: networks["updater"](memory, x[:, 0]),
+             "readout": lambda: networks["readout"](memory)}
+    expected = forward_flops(sizes, V, 20, len(t))
+    for name, run in calls.items():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            run()
+        halved = name == "decoder" or name == "encoder" and sizes.encoder == "causal"
+        assert counter.get_total_flops() / B == pytest.approx(expected[name], rel=0.05 if halved else 1e-9), name
