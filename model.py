@@ -116,9 +116,9 @@ class Block(nn.Module):
     def forward(self, h, turns, attend, kept=slice(None)):
         """(B, n, d) -> (B, kept, d): all tokens are attended to, those in `kept` are updated."""
         B, n, d = h.shape
-        qkv = self.qkv(self.attention_norm(h)).view(B, n, 3, self.n_heads, -1)
-        q, k = rotate(qkv[:, :, :2], turns).permute(2, 0, 3, 1, 4)                  # (B, h, n, d / h) each
-        h, mixed = h[:, kept], attend(q[:, :, kept], k, qkv[:, :, 2].transpose(1, 2))
+        qk, v = self.qkv(self.attention_norm(h)).view(B, n, 3, self.n_heads, -1).split([2, 1], dim=2)
+        q, k = rotate(qk, turns).permute(2, 0, 3, 1, 4)                             # (B, h, n, d / h) each
+        h, mixed = h[:, kept], attend(q[:, :, kept], k, v.squeeze(2).transpose(1, 2))
         h = h + self.out(mixed.transpose(1, 2).reshape(h.shape))
         return h + self.down(F.gelu(self.up(self.mlp_norm(h))))
 
