@@ -1,7 +1,7 @@
 """Speed, memory, and how they grow: all stages side by side, on random tokens. No data set is needed.
 
     python bench.py                                    # sizes for a CPU; a minute or two on 2 cores
-    python bench.py --device=cuda --preset=paper       # the paper's sizes; a few minutes, most of them spent compiling
+    python bench.py --device=cuda --preset=paper       # the paper's sizes
     python bench.py --grow=T                           # 64 to 2048 tokens, 4 rows
     python bench.py --grow=batch --json=batch.json     # 2 to 128 rows; the same numbers as JSON, too
     python bench.py --grow=processes                   # train_smt.py by 1 and by 2 processes on this CPU
