@@ -18,6 +18,9 @@ losses, the backward pass and the optimiser; drawing its rows is a line of its o
     x first         --grow: the time over that at the first size
     -               does not apply, or CUDA ran out of memory
 
+DMT's roll-out and sampling replay CUDA graphs on CUDA; `DMT roll-out, plain` is the same without. Of the preset paper BPTT gets 32
+rows, because the activations of all steps of 128 need not fit on a GPU.
+
 --grow=T: T is the length of a row, of what encoder and Transformer read, and of DMT's roll-out, which gets as many labels as in the
 preset (at most one in label_stride steps).
 """
@@ -51,7 +54,7 @@ import train_dmt
 import train_smt
 import train_transformer
 from data import IGNORE
-from model import ModelConfig, build, forward_flops, model_fields
+from model import ModelConfig, build, forward_flops, model_fields, roll_out
 from runtime import DataError, UsageError
 
 STAGES = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
@@ -62,6 +65,7 @@ SIZES = {"cpu": {"smt": CPU | dict(batch_size=32, seq_len=128),
                  "bptt": CPU | dict(batch_size=16, seq_len=64),
                  "transformer": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=128, batch_size=32)},
          **{name: {stage: script.PRESETS[name] for stage, script in STAGES.items()} for name in ("tiny", "small", "paper")}}
+SIZES["paper"]["bptt"] = SIZES["paper"]["bptt"] | dict(batch_size=32)
 GROWTH = {"T": (64, 128, 256, 512, 1024, 2048), "batch": (2, 8, 32, 128), "processes": (1, 2)}
 GROWN_ROWS = 4           # of --grow=T: BPTT keeps the activations of all T steps
 STREAMS, SAMPLED = (1, 128), 16          # sampled from at once; tokens of each in a round
@@ -162,14 +166,11 @@ def optimiser_step(row, stage, config, data, run, note):
     elif stage == "bptt":
         networks, loss = build(config, V, ("updater", "readout")), lambda *batch: train_bptt.bptt_loss(*batch, config.truncate)
         networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
-        if run.compile:     # a step of the RNN at a time: a graph of all T of them takes too long to compile
-            networks["updater"].compile(dynamic=False)
-            networks["readout"].compile(dynamic=False)
-            run = replace(run, compile=False)
     else:
         networks, loss = build(train_transformer.model_config(config), V, ("decoder",)), train_transformer.transformer_loss
     networks.to(run.device)
-    optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run)
+    parts = dict(parts=("updater", "readout")) if stage == "bptt" else {}
+    optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run, **parts)
 
     def measure(step):
         note()
@@ -201,12 +202,14 @@ def dmt(config, smt_config, data, run, note, spent):
         networks[name].requires_grad_()
     optimizer = runtime.adamw(networks, config)
     module = runtime.distribute(networks, lambda *batch: train_dmt.dmt_loss(*batch, config), run)
+    if run.compile:
+        networks["updater"].compile(dynamic=False)      # for the roll-outs
     networks["encoder"].register_forward_pre_hook(lambda *_: note("DMT roll-out"))
     networks["encoder"].register_forward_hook(lambda *_: note("DMT labels"))
 
     def measure(step):
         begins, pairs = train_dmt.choose_pairs(config, step, T, h)
-        begins, pairs = begins.to(device), [(runs.to(device), reads.to(device)) for runs, reads in pairs]
+        pairs = [(runs.to(device), reads.to(device)) for runs, reads in pairs]
         x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start)
         x_rolled, y_rolled, place = train_dmt.cut(x, begins, h), train_dmt.cut(y, begins, h), 0
         note()
@@ -222,13 +225,19 @@ def dmt(config, smt_config, data, run, note, spent):
         seconds, peaks = zip(*spent.values())
         spent["DMT iteration"] = sum(seconds), max(peaks)
         spent["DMT roll-out, one step"] = spent["DMT roll-out"][0] / h, spent["DMT roll-out"][1]
+        if device.type == "cuda":
+            note()
+            with torch.no_grad(), run.autocast():
+                roll_out(networks["updater"], after[:, 0], x_rolled)
+            note("DMT roll-out, plain")
 
     begins, pairs = train_dmt.choose_pairs(config, 0, T, h)
     n, labelled, rows = len(begins), sum(runs.numel() for runs, _ in pairs), config.batch_size * len(begins)
-    forward = forward_flops(model_config, data.vocab_size, T, n * (1 + labelled))
+    forward = forward_flops(model_config, data.vocab_size, T, n * labelled + train_dmt.encoded_starts(begins))
     flops, _ = train_dmt.step_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
     labels, step = config.batch_size * forward["encoder"], rows * forward["updater"]
-    return {"DMT iteration": (rows * h, flops), "DMT roll-out": (rows * h, h * step), "DMT roll-out, one step": (rows, step),
+    plain = {"DMT roll-out, plain": (rows * h, h * step)} if device.type == "cuda" else {}
+    return {"DMT iteration": (rows * h, flops), "DMT roll-out": (rows * h, h * step), "DMT roll-out, one step": (rows, step), **plain,
             "DMT labels": (rows * h, labels), "DMT supervised pass": (rows * h, flops - labels - h * step)}, measure
 
 
@@ -382,13 +391,15 @@ def main():
         torch.set_num_threads(config.threads or 1)
     run = runtime.Run(device, 0, 1, Path(), cuda if config.compile is None else config.compile, 1)
     rows = bench(config, run)
+    smt = build(stage_configs(config.preset, config.seed)["smt"], VOCAB_SIZE)
+    gradient_bytes = sum(p.numel() * p.element_size() for p in smt.parameters())
     rate = 1000 * 2 * 512**3 / median(row["ms"] for row in rows if row["item"] == "matrix product")
     facts = dict(device=device_name(device), torch=torch.__version__, threads=torch.get_num_threads(),
-                 precision="bf16 autocast" if cuda else "float32", compile=run.compile, matrix_flops_per_second=rate,
+                 precision="bf16 autocast" if cuda else "float32", compile=run.compile, matrix_flops_per_second=rate, gradient_bytes=gradient_bytes,
                  preset=config.preset, rounds=config.rounds, seed=config.seed, grow=config.grow)
     print(f"{facts['device']}, torch {facts['torch']}, threads {facts['threads']}, {facts['precision']}, "
           f"compile {'on' if run.compile else 'off'}, {rate / 1e9:,.1f} GFLOP/s with 512 x 512 matrices, "
-          f"preset {config.preset}, rounds {config.rounds}")
+          f"preset {config.preset}, rounds {config.rounds}, {gradient_bytes / 1e6:,.1f} MB of gradients to exchange in an SMT step")
     print(table(rows, config.grow))
     if config.json:
         text = json.dumps(facts | {"rows": rows}, indent=1) + "\n"

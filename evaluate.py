@@ -20,7 +20,7 @@ import data as datasets
 import fables
 import runtime
 from data import IGNORE
-from model import ModelConfig, restore, roll_out
+from model import ModelConfig, restore, roll_out_without_gradients
 from runtime import UsageError
 from sample import complete_stories, find_checkpoint
 
@@ -94,7 +94,7 @@ def measure(networks, initial_memory, x, y, t, rows=16):
     asked[:1] |= ~asked.any()                                   # the networks take no empty batch: one place without a weight
     for part in x.split(rows):
         if "updater" in networks:
-            memory = roll_out(networks["updater"], initial_memory.expand(len(part), -1, -1), part)
+            memory = roll_out_without_gradients(networks["updater"], initial_memory.expand(len(part), -1, -1), part)
             memories.append(memory[:, t])
             logits.append(networks["readout"](memory[:, asked].flatten(0, 1)).float().unflatten(0, (len(part), -1)))
         else:

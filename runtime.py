@@ -22,6 +22,7 @@ import sys
 import time
 import types
 import typing
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -419,6 +420,60 @@ def load_weights(networks, weights, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+GRAPH_DEVICE = "cuda"   # the kind of device that has them
+
+
+def captured(function):
+    """function(module, *tensors), without gradients, from one CUDA graph for each module and each shape of the tensors.
+
+    A step of an RNN is hundreds of small kernels that take longer to launch than to run: a graph is one launch of all of them.
+    It reads the module's parameters where they are, so they may change in place (an optimiser's step, load_state_dict) and must
+    not be replaced. function must not synchronise or draw random numbers, and returns a tensor or a tuple of tensors, which are
+    the caller's to keep. On devices without graphs it is called as it is.
+    """
+    graphs = weakref.WeakKeyDictionary()                # module -> {shapes: (inputs, graph, outputs)}
+
+    def call(module, *tensors):
+        if tensors[0].device.type != GRAPH_DEVICE:
+            with torch.inference_mode():
+                outputs = function(module, *tensors)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                known = graphs.setdefault(module, {})
+                key = (torch.is_autocast_enabled(GRAPH_DEVICE), *((tensor.shape, tensor.dtype) for tensor in tensors))
+                if key not in known:
+                    known[key] = capture(function, module, tensors)
+                inputs, graph, outputs = known[key]
+                for own, given in zip(inputs, tensors):
+                    own.copy_(given)
+                graph.replay()
+        return outputs.clone() if torch.is_tensor(outputs) else tuple(output.clone() for output in outputs)
+    return call
+
+
+def capture(function, module, tensors):
+    """A CUDA graph of function(module, *tensors): the tensors it reads, the graph, and what a replay writes its results to.
+
+    Autocast is entered inside, without its cache: a cast of a weight that was cached outside would be an old one at the next replay.
+    """
+    inputs = [tensor.clone() for tensor in tensors]
+    autocast = torch.autocast(GRAPH_DEVICE, enabled=torch.is_autocast_enabled(GRAPH_DEVICE), cache_enabled=False,
+                              dtype=torch.get_autocast_dtype(GRAPH_DEVICE))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), autocast:             # libraries allocate, and torch.compile compiles, before the capture
+        for _ in range(2):
+            function(module, *inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:      # NCCL's own thread may go on
+        outputs = function(module, *inputs)
+    return inputs, graph, outputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Optimisation
 
 class LossModule(torch.nn.Module):
@@ -432,13 +487,16 @@ class LossModule(torch.nn.Module):
         return self.loss(self.networks, *args)
 
 
-def distribute(networks, loss, run):
-    """LossModule, wrapped for DDP where there are several processes and compiled where asked."""
+def distribute(networks, loss, run, parts=()):
+    """LossModule, wrapped for DDP where there are several processes and compiled where asked: as a whole, or else only the networks
+    named in `parts`, for a loss that calls them so often that all of it would take too long to compile."""
     module = LossModule(networks, loss)
+    for name in parts if run.compile else ():
+        networks[name].compile(dynamic=False)
     if run.world_size > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
         module = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-    return torch.compile(module, dynamic=False) if run.compile else module
+    return torch.compile(module, dynamic=False) if run.compile and not parts else module
 
 
 def micro_step(module, last):

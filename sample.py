@@ -20,8 +20,10 @@ import torch
 import data as datasets
 import runtime
 from data import IGNORE
-from model import restore
+from model import restore, roll_out_without_gradients
 from runtime import UsageError
+
+NUMBERS = 256   # random numbers that each row draws at once on CUDA
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Config:
     temperature: float = 0.8    # 1: the model's own distribution; 0: always the likeliest token
     top_k: int = 0              # draw from the k likeliest tokens only; 0: from all
     seed: int = 0               # sample i is drawn with seed + i
-    device: str = "cpu"         # cpu, cuda, mps or auto; one stream is fastest on a CPU
+    device: str = "cpu"         # cpu, cuda, mps or auto; CUDA draws other tokens with the same seed
     out: str = ""               # picture file to write; empty: samples.png beside the checkpoint
 
     def __post_init__(self):
@@ -50,18 +52,36 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
+def distribution(logits, temperature, top_k):
+    """The probabilities (B, V) in float64 with which tokens are drawn, from logits (B, V), at a temperature above 0."""
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    logits = logits.double()
+    return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)              # finite at any temperature
+
+
 def choose(logits, temperature, top_k, generators):
     """One token for each row of logits (B, V) -> (B,), row i with generators[i]."""
     if temperature == 0:
         return logits.argmax(-1)
-    device = logits.device
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    logits = logits.cpu().double()
-    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)     # finite at any temperature
+    probabilities = distribution(logits.cpu(), temperature, top_k)
     drawn = [torch.multinomial(p, 1, generator=generator) for p, generator in zip(probabilities, generators)]
-    return torch.cat(drawn).to(device)
+    return torch.cat(drawn).to(logits.device)
+
+
+def pick(logits, temperature, top_k, numbers):
+    """choose() by given random numbers (B,) from [0, 1), one a row: without a generator, so that a CUDA graph can hold it."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    up_to = distribution(logits, temperature, top_k).cumsum(-1)
+    return (up_to <= numbers[:, None] * up_to[:, -1:]).sum(-1)
+
+
+def draw(generators, device):
+    """Endlessly a number from [0, 1) of each generator, (B,), on the device: many are copied there at once."""
+    while True:
+        yield from torch.stack([torch.rand(NUMBERS, generator=generator, dtype=torch.float64) for generator in generators], dim=1).to(device)
 
 
 def begin(networks, initial_memory, count):
@@ -72,11 +92,10 @@ def begin(networks, initial_memory, count):
 @torch.inference_mode()
 def read(networks, memory, tokens):
     """Read tokens (B, n) one by one from memory (B, K, d), or from what a Transformer carries along; returns the memory after them."""
+    if "updater" in networks:
+        return roll_out_without_gradients(networks["updater"], memory, tokens)[:, -1]
     for token in tokens.unbind(1):
-        if "updater" in networks:
-            memory = networks["updater"](memory, token)
-        else:
-            memory = networks["decoder"].read(token[:, None], past=memory[1])
+        memory = networks["decoder"].read(token[:, None], past=memory[1])
     return memory
 
 
@@ -89,10 +108,25 @@ def predict(networks, memory):
 @torch.inference_mode()
 def generate(networks, memory, temperature, top_k, generators):
     """Endlessly: predict a token from the memory, draw it, yield it (B,), read it."""
+    if "updater" in networks and memory.device.type == "cuda":
+        yield from generate_from_graph(networks, memory, temperature, top_k, generators)
     while True:
         token = choose(predict(networks, memory), temperature, top_k, generators)
         yield token
         memory = read(networks, memory, token[:, None])
+
+
+@torch.inference_mode()
+def generate_from_graph(networks, memory, temperature, top_k, generators):
+    """generate() on CUDA, of an RNN: a token of all rows is one CUDA graph, and nothing waits for the CPU. It draws other tokens."""
+    def step(networks, memory, numbers):
+        token = pick(networks["readout"](memory), temperature, top_k, numbers)
+        return token, networks["updater"](memory, token)
+
+    step = runtime.captured(step)
+    for numbers in draw(generators, memory.device):
+        token, memory = step(networks, memory, numbers)
+        yield token
 
 
 def seeded(seed, count):

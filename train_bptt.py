@@ -92,7 +92,7 @@ def main():
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
     optimizer = runtime.adamw(networks, config)
-    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run)
+    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, parts=("updater", "readout"))
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
     flops, sequential_flops = step_flops(config, networks, data.vocab_size, T)

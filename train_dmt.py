@@ -10,6 +10,8 @@ frozen; each iteration
     1. rolls f out over `horizon` tokens, without gradients: the memories m_hat_t of the current RNN    (sequential)
     2. asks the encoder for the memories m_t it should have had, at every `label_stride`-th step       (parallel)
     3. trains f on (m_hat_{t-1}, x_t) -> m_t, and g on m_hat_t -> y_t, all pairs at once               (parallel)
+
+g is read out at as many steps as have labels, drawn at random: at every step of a long roll-out it would cost more than the rest.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ import runtime
 import tasks
 from data import IGNORE
 from evaluate import evaluate
-from model import chain_flops, forward_flops, parameter_counts, restore, roll_out
+from model import chain_flops, forward_flops, parameter_counts, restore, roll_out, roll_out_without_gradients
 from runtime import RunConfig, UsageError
 
 
@@ -77,7 +79,7 @@ def choose_pairs(config, step, T, h):
     """Where in the rows of a step the roll-outs of h tokens begin, and which of their steps are trained on; pure in (seed, step).
 
     Returns begins (n,), one after the other from 0 (with probability p_start) or anywhere; and for each of config.updates
-    optimiser steps (fewer if there are fewer runs) the runs (R, unroll) that get labels, and the steps (r,) that are read out.
+    optimiser steps (fewer if there are fewer runs) the runs (R, unroll) that get labels, and as many steps (r,) that are read out.
     """
     rng, n = datasets.philox(config.seed, step, "roll-out"), T // h
     begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
@@ -85,29 +87,34 @@ def choose_pairs(config, step, T, h):
     R = max(1, h // config.label_stride)
     first = int(rng.integers(h - unroll - (R - 1) * config.label_stride + 1))
     runs = first + config.label_stride * torch.from_numpy(rng.permutation(R))[:, None] + torch.arange(unroll)
-    reads, updates = torch.from_numpy(rng.permutation(h)), min(config.updates, R)
+    reads, updates = torch.from_numpy(rng.permutation(h)[:runs.numel()]), min(config.updates, R)
     return begin + h * torch.arange(n), list(zip(runs.tensor_split(updates), reads.tensor_split(updates)))
 
 
 @torch.no_grad()
 def roll_out_and_label(networks, x, begins, h, runs, start=None):
-    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n `begins`, ask E for labels.
+    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n rising `begins`, ask E for labels.
 
     Each starts from the encoder's memory at that place (m_empty at 0), or from `start` (B n, K, d). runs (R, k): steps of a
     roll-out, 0..h-1, that get a label. Returns, with the n roll-outs of a row side by side, the memory before each run,
     m_hat (B n, R, K, d), the memory after each step, m_hat_t (B n, h, K, d), and the labels m_t (B n, R, k, K, d).
     """
-    n = len(begins)
-    memories = networks["encoder"](x, torch.cat([begins - 1, (begins[:, None] + runs.flatten()).flatten()]))     # all in one call
-    start = memories[:, :n].flatten(0, 1) if start is None else start
-    labels = memories[:, n:].unflatten(1, (n, *runs.shape)).flatten(0, 1)
-    after = roll_out(networks["updater"], start, cut(x, begins, h))
+    encoder, n, labelled = networks["encoder"], len(begins), (begins[:, None].to(x.device) + runs.flatten()).flatten()
+    if start is None:
+        starts = encoded_starts(begins)     # m_empty is the same in all rows: it is encoded once
+        memories = encoder(x, torch.cat([begins[n - starts:].to(x.device) - 1, labelled]))  # all in one call
+        first, memories = memories.split([starts, len(labelled)], dim=1)
+        start = torch.cat([encoder.initial_memory().expand(len(x), n - starts, -1, -1), first], dim=1).flatten(0, 1)
+    else:
+        memories = encoder(x, labelled)
+    labels = memories.unflatten(1, (n, *runs.shape)).flatten(0, 1)
+    after = roll_out_without_gradients(networks["updater"], start, cut(x, begins, h))
     return torch.cat([start[:, None], after], dim=1)[:, runs[:, 0]], after, labels
 
 
 def cut(x, begins, h):
     """The pieces of h tokens of rows (B, T) that begin at n places -> (B n, h)."""
-    return x[:, begins[:, None] + torch.arange(h, device=begins.device)].flatten(0, 1)
+    return x[:, (begins[:, None] + torch.arange(h)).to(x.device)].flatten(0, 1)
 
 
 def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config):
@@ -140,14 +147,19 @@ def cross_entropy(logits, y):
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def encoded_starts(begins):
+    """How many of the roll-outs of a row start from a memory of the encoder, being not at its beginning."""
+    return len(begins) - int(begins[0] == 0)
+
+
 def step_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
     """FLOPs of an iteration (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]
-    forward = forward_flops(model_config, vocab_size, T, n * (1 + labelled))
+    n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]     # as many are read out
+    forward = forward_flops(model_config, vocab_size, T, n * labelled + encoded_starts(begins))
     chain = {name: chain_flops(network) for name, network in networks.items()}
     own = bool(config.lambda_own)
-    return (config.batch_size * (forward["encoder"] + n * h * (forward["updater"] + 3 * forward["readout"])
-                                 + 3 * n * labelled * (forward["updater"] + own * forward["first"])),
+    return (config.batch_size * (forward["encoder"] + n * h * forward["updater"]
+                                 + 3 * n * labelled * (forward["updater"] + forward["readout"] + own * forward["first"])),
             h * chain["updater"] + chain["encoder"]
             + 3 * len(pairs) * max(unroll * chain["updater"] + own * chain["decoder"], chain["readout"]))
 
@@ -175,6 +187,8 @@ def main():
         networks[name].requires_grad_()
     optimizer = runtime.adamw(networks, config)
     module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
+    if run.compile:
+        networks["updater"].compile(dynamic=False)      # for the roll-outs
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
 
@@ -205,7 +219,7 @@ def main():
             memory = None if new_streams else memory
         else:
             x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start, run.rank, run.world_size)
-        begins, pairs = begins.to(run.device), [(runs.to(run.device), reads.to(run.device)) for runs, reads in pairs]
+        pairs = [(runs.to(run.device), reads.to(run.device)) for runs, reads in pairs]
         rolled_x, rolled_y = cut(x, begins, h), cut(y, begins, h)
 
         collected = []                                  # a part of the rows at a time, which bounds the encoder's memory

@@ -224,7 +224,7 @@ def test_phases_of_dmt_add_up_to_the_iteration(monkeypatch, more):
     assert noted["DMT iteration"][0] == pytest.approx(sum(noted[row][0] for row in phases))
     assert noted["DMT roll-out, one step"][0] == pytest.approx(noted["DMT roll-out"][0] / 6)
     assert work["DMT iteration"][1] == sum(work[row][1] for row in phases)
-    forward = forward_flops(configs["smt"], bench.VOCAB_SIZE, 12, 2 * (1 + 3))       # two roll-outs of 6 tokens, a label every second
+    forward = forward_flops(configs["smt"], bench.VOCAB_SIZE, 12, 1 + 2 * 3)       # two roll-outs of 6 tokens, one from m_empty; a label every second
     assert work["DMT labels"][1] == 2 * forward["encoder"] and work["DMT roll-out"][1] == 2 * 12 * forward["updater"]
     assert {work[row][0] for row in ("DMT iteration", *phases)} == {2 * 12}
 

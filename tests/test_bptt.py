@@ -1,9 +1,12 @@
 """Backpropagation through time: its gradients against finite differences, and where truncation cuts them."""
+import json
+
 import pytest
 import torch
-from conftest import randomise
+from conftest import QUICK, SIZES, randomise, trained
 from torch import nn
 
+import train_bptt
 from data import IGNORE
 from model import ModelConfig, build, normalise
 from train_bptt import bptt_loss, unroll
@@ -132,6 +135,8 @@ def test_overfitting_one_batch_drives_the_loss_near_its_floor(truncate):
     networks = networks_for(d_model=16).float()
     x = torch.randint(V, (4, 8))
     x[:, 0] = torch.arange(4)                                                     # from the first token on, all is certain
+    if truncate:                                                                  # from the last one on: a cut gradient teaches no more
+        x = (x[:, :1] + torch.arange(8)) % V
     y = torch.cat([x[:, 1:], torch.full((4, 1), IGNORE)], dim=1)
     optimizer = torch.optim.Adam(networks.parameters(), lr=1e-2)
     for step in range(200):
@@ -141,3 +146,25 @@ def test_overfitting_one_batch_drives_the_loss_near_its_floor(truncate):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
+
+
+def test_what_is_compiled_does_not_grow_with_the_steps_and_changes_no_loss(tmp_path, monkeypatch, data_dir):
+    """A graph of all unrolled steps takes too long to compile."""
+    compile, graphs, losses = torch.compile, [], {}
+
+    def backend(graph, _):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **options: compile(*arguments, **options, backend=backend))
+    for T in (6, 12):
+        for flag in ("--compile", "--compile=false"):
+            torch.compiler.reset()
+            trained(train_bptt, *QUICK, *SIZES, "--dataset=fables", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", f"--seq_len={T}", flag)
+            lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+            losses[T, flag] = [line["train_loss"] for line in lines if "train_loss" in line]
+        assert losses[T, "--compile"] == pytest.approx(losses[T, "--compile=false"], rel=1e-5) and len(losses[T, "--compile"]) == 4
+        if T == 6:
+            short = graphs.copy()
+            graphs.clear()
+    assert graphs == short != []

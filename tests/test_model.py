@@ -4,10 +4,13 @@ import math
 import pytest
 import torch
 from conftest import randomise
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import sample
-from model import Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, chain_flops, parameter_counts, restore, roll_out
+from model import (Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, chain_flops, forward_flops, parameter_counts, restore,
+                   roll_out)
 from runtime import DataError, UsageError
 
 V, T = 5, 7
@@ -104,6 +107,19 @@ def reference_memory(encoder, x, t):
         sees = sees + [[i for i in trunk if t + 1 - Tc < i <= t + 1] + registers] * K
     h = torch.cat([h, encoder.registers])
     return rms_norm(reference_transformer(encoder.transformer, h, positions, sees, joined)[-K:])
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 2, 3, 8), (2, 6, 3, 4)])
+def test_rotation_equals_a_loop_over_pairs_compiled_or_not_and_so_do_its_gradients(shape):
+    q, positions = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 5, 9, 20])
+    expected = torch.stack([torch.stack([turned(v, positions[i % 6].item()) for v in row.view(-1, shape[-1])]).view(row.shape)
+                            for i, row in enumerate(q.flatten(0, 1))]).view(shape)
+    weight = torch.randn(shape, dtype=torch.float64)
+    goal = torch.autograd.grad((expected * weight).sum(), q)[0]
+    for rotate in (model.rotate, torch.compile(model.rotate, backend="eager", fullgraph=True)):
+        found = rotate(q, model.rope(positions.double(), shape[-1]))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)           # the frequencies are float32
+        torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), q)[0], goal, rtol=1e-6, atol=1e-6)
 
 
 @ENCODERS
@@ -374,6 +390,31 @@ def test_rolling_out_at_once_equals_reading_token_by_token(kind):
 
 
 @UPDATERS
+def test_roll_out_without_gradients_equals_the_plain_one_however_long(kind, monkeypatch):
+    monkeypatch.setattr(model, "GRAPH_STEPS", 3)
+    updater, start = randomise(Updater(config(updater=kind), V)), memories(2)
+    for length in (1, 3, 7):
+        found = model.roll_out_without_gradients(updater, start, tokens(2, length))
+        torch.testing.assert_close(found, roll_out(updater, start, tokens(2, length)), rtol=0, atol=0)
+        assert not found.requires_grad and not found.is_inference()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_roll_out_from_cuda_graphs_equals_the_plain_one_also_after_an_update_in_place(autocast):
+    updater = randomise(Updater(config(), V)).float().cuda()
+    for _ in range(2):
+        for rows, length in ((2, 5), (3, 2 * model.GRAPH_STEPS + 1)):
+            start, x = model.normalise(torch.randn(rows, 3, 8, device="cuda")), tokens(rows, length).cuda()
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                found, expected = model.roll_out_without_gradients(updater, start, x), roll_out(updater, start, x)
+            torch.testing.assert_close(found[:, :5], expected[:, :5], rtol=1e-2, atol=1e-2)       # later, rounding has added up
+        with torch.no_grad():
+            for parameter in updater.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+@UPDATERS
 def test_memories_have_unit_root_mean_square_and_are_float32_under_autocast(kind):
     networks = build(config(updater=kind), V)
     with torch.autocast("cpu", torch.bfloat16):
@@ -446,3 +487,20 @@ def test_longest_chain_goes_through_every_matrix_once_and_looks_embeddings_up(co
     for name, network in build(config(conv_width=conv_width), V).items():
         linear = [m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear)]
         assert len(linear) > 4 and chain_flops(network) == 2 * sum(linear), name
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(encoder="causal", encoder_layers=3, conv_width=8), dict(updater="mlp"), dict(updater="gru")],
+                         ids=["window", "causal", "mlp", "gru"])
+def test_flops_are_those_that_torch_counts(changes):
+    """All products of matrices; torch counts those of causal attention in full, we count half."""
+    sizes = config(d_model=32, context_len=24, future_len=16, **changes)
+    networks, B, memory, x, t = build(sizes, V), 3, torch.randn(3, 3, 32), tokens(3, 20), torch.arange(5) * 3
+    calls = {"encoder": lambda: networks["encoder"](x, t), "decoder": lambda: networks["decoder"](memory, x[:, :15]),
+             "first": lambda: networks["decoder"](memory, x[:, :0]), "updater": lambda: networks["updater"](memory, x[:, 0]),
+             "readout": lambda: networks["readout"](memory)}
+    expected = forward_flops(sizes, V, 20, len(t))
+    for name, run in calls.items():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            run()
+        halved = name == "decoder" or name == "encoder" and sizes.encoder == "causal"
+        assert counter.get_total_flops() / B == pytest.approx(expected[name], rel=0.05 if halved else 1e-9), name

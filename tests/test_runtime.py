@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -561,3 +562,48 @@ def test_every_documented_command_is_one_that_its_script_takes(path):
         if getattr(config, "persistent", False):    # a row holds the past of a stream, too
             smt = runtime.parse(train_smt.Config, [f"--dataset={config.dataset}"], train_smt.PRESETS)
             assert 0 < config.horizon < (config.seq_len or smt.context_len), arguments
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+def double_after(module, a, b):
+    """Two results from two tensors, the second a view of one of them."""
+    return module(a) + b, b.T
+
+
+def test_without_graphs_a_captured_function_is_the_function_without_gradients():
+    module, a, b = torch.nn.Linear(3, 3), torch.randn(3, 3), torch.randn(3, 3)
+    found = runtime.captured(double_after)(module, a, b)
+    for ours, expected in zip(found, double_after(module, a, b), strict=True):
+        assert torch.equal(ours, expected) and not ours.requires_grad
+    (found[0] * torch.ones(3, requires_grad=True)).sum().backward()             # what it returns may enter a loss
+
+
+def test_a_graph_is_captured_once_for_each_module_and_shape_and_what_it_returns_is_not_overwritten(monkeypatch):
+    """With a graph that calls the function again on the tensors it was captured with, as a CUDA graph does."""
+    captures = []
+
+    def capture(function, module, tensors):
+        inputs = [tensor.clone() for tensor in tensors]
+        outputs = tuple(torch.full_like(output, torch.nan) for output in function(module, *inputs))
+
+        def replay():
+            for output, value in zip(outputs, function(module, *inputs)):
+                output.copy_(value)
+        captures.append((module, tensors[0].shape))
+        return inputs, SimpleNamespace(replay=replay), outputs
+
+    monkeypatch.setattr(runtime, "capture", capture)
+    monkeypatch.setattr(runtime, "GRAPH_DEVICE", "cpu")
+    call, modules, kept = runtime.captured(double_after), [torch.nn.Linear(3, 3) for _ in range(2)], []
+    for i in range(12):
+        module, a, b = modules[i % 2], torch.randn(2 + i % 3, 3), torch.randn(2 + i % 3, 3)
+        with torch.inference_mode(i % 4 == 1), torch.no_grad():                 # whichever the caller is in
+            kept.append((call(module, a, b), double_after(module, a, b)))
+            if i % 4 != 1:
+                module.weight += 1                                              # in place, as an optimiser does
+    assert captures == [(modules[i % 2], (2 + i % 3, 3)) for i in range(6)]
+    for found, expected in kept:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert not torch.is_inference(kept[0][0][0])

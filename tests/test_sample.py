@@ -5,13 +5,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SIZES, call, trained
+from conftest import QUICK, SIZES, call, randomise, trained
 
 import data
 import sample
 import train_bptt
+from model import ModelConfig, build
 from runtime import load
-from sample import choose, seeded
+from sample import choose, draw, generate, generate_from_graph, pick, seeded
 
 imread = pytest.importorskip("matplotlib.image").imread
 
@@ -56,6 +57,49 @@ def test_each_row_has_its_own_random_numbers():
     for i in range(5):
         assert choose(logits[:1], 1.0, 0, seeded(7 + i, 1)) == together[i]
     assert len(set(together.tolist())) > 1
+
+
+def test_picks_by_given_numbers_follow_the_distribution_and_never_take_what_top_k_leaves_out():
+    """Evenly spread numbers: each token as often as it is likely, the first and the last one, too."""
+    logits, numbers = torch.tensor([2.0, 0.0, 1.0, -1.0]), torch.arange(10_000, dtype=torch.float64) / 10_000
+    for temperature, top_k in ((0.5, 0), (1.0, 0), (3.0, 0), (1.0, 2), (1e-30, 3), (0.0, 0)):
+        share = torch.bincount(pick(logits.expand(10_000, 4), temperature, top_k, numbers), minlength=4) / 10_000
+        expected = (logits / max(temperature, 1e-3)).where(logits >= logits.sort(descending=True).values[(top_k or 4) - 1], -torch.inf).softmax(-1)
+        torch.testing.assert_close(share, expected, rtol=0, atol=2e-4)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert pick(torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, 4), 1.0, 0, ends).tolist() == [1, 2]
+
+
+def test_numbers_for_picks_are_those_of_each_rows_own_generator(monkeypatch):
+    monkeypatch.setattr(sample, "NUMBERS", 5)
+    together = [numbers for numbers, _ in zip(draw(seeded(7, 3), "cpu"), range(12))]
+    for i in range(3):
+        alone = [numbers for numbers, _ in zip(draw(seeded(7 + i, 1), "cpu"), range(12))]
+        assert [numbers[i] for numbers in together] == [numbers[0] for numbers in alone]
+    assert len({float(number) for numbers in together for number in numbers}) == 36
+
+
+def greedy(networks, memory, step, count=10):
+    """The next tokens (B, count) of generate or generate_from_graph, always the likeliest."""
+    return torch.stack([token for token, _ in zip(step(networks, memory, 0.0, 0, seeded(0, len(memory))), range(count))], dim=1)
+
+
+def test_generating_from_a_graph_equals_generating_token_by_token():
+    networks = randomise(build(ModelConfig(d_model=8, n_heads=2, memory_tokens=2), 9))
+    memory = torch.randn(3, 2, 8, dtype=torch.float64)
+    tokens = greedy(networks, memory, generate)
+    assert torch.equal(greedy(networks, memory, generate_from_graph), tokens) and len(tokens.unique()) > 3
+    drawn = torch.stack([token for token, _ in zip(generate_from_graph(networks, memory, 2.0, 0, seeded(0, 3)), range(10))], dim=1)
+    one = torch.stack([token for token, _ in zip(generate_from_graph(networks, memory[1:2], 2.0, 0, seeded(1, 1)), range(10))], dim=1)
+    assert torch.equal(drawn[1:2], one) and not torch.equal(drawn, tokens)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+def test_cuda_generates_what_the_cpu_does():
+    networks = randomise(build(ModelConfig(d_model=8, n_heads=2, memory_tokens=2), 9))
+    memory = torch.randn(3, 2, 8, dtype=torch.float64)
+    tokens = greedy(networks, memory, generate)
+    assert torch.equal(greedy(networks.cuda(), memory.cuda(), generate).cpu(), tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
