@@ -46,8 +46,6 @@ class Config:
             raise UsageError("--eval_docs, --eval_len and --num_samples are at least 1, --ngrams is from 0 to 7, --temperature at least 0")
         if self.ckpt and not all(self.ckpt.split(",")):
             raise UsageError(f"--ckpt is one checkpoint or several, separated by commas, not {self.ckpt!r}")
-        if self.json and not Path(self.json).parent.is_dir():
-            raise UsageError(f"--json: there is no folder {Path(self.json).parent}")
         if self.figures and Path(self.figures).exists() and not Path(self.figures).is_dir():
             raise UsageError(f"--figures: {self.figures} is not a folder")
 
@@ -216,6 +214,8 @@ def table(trained, numbers):
 
 def main():
     config = runtime.parse(Config)
+    if config.json and not Path(config.json).parent.is_dir():
+        raise UsageError(f"--json: there is no folder {Path(config.json).parent}")
     device = runtime.choose_device(config.device)
     trained = load_trained(config.ckpt, config.dataset, device)
     meta = trained[0].meta
