@@ -109,7 +109,7 @@ def stage_configs(preset, seed, grow="", at=0):
         own = c.seq_len or getattr(c, "context_len", default)
         change = dict(seq_len=own, batch_size=at if grow == "batch" else c.batch_size)
         if stage == "smt":
-            change["trunk_iters"] = 0
+            change |= dict(trunk_iters=0, teacher_iters=0)
         if stage == "dmt":
             change |= dict(grow=0.0, horizon=min(c.horizon or own, own))
         if grow == "T":
@@ -197,11 +197,12 @@ def update(module, optimizer, config, run, *batch):
 def dmt(config, smt_config, data, run, note, spent):
     """An iteration of DMT. The encoder's hooks tell labels from roll-out, which the stage has in one function."""
     model_config, T, h, device = ModelConfig(**model_fields(smt_config)), config.seq_len, config.horizon, run.device
+    Tf = model_config.future_len
     networks = build(model_config, data.vocab_size).to(device).requires_grad_(False)
     for name in ("updater", "readout"):
         networks[name].requires_grad_()
     optimizer = runtime.adamw(networks, config)
-    module = runtime.distribute(networks, lambda *batch: train_dmt.dmt_loss(*batch, config), run)
+    module = runtime.distribute(networks, lambda *batch: train_dmt.dmt_loss(*batch, config, Tf), run)
     if run.compile:
         networks["updater"].compile(dynamic=False)      # for the roll-outs
     networks["encoder"].register_forward_pre_hook(lambda *_: note("DMT roll-out"))
@@ -211,15 +212,14 @@ def dmt(config, smt_config, data, run, note, spent):
         begins, pairs = train_dmt.choose_pairs(config, step, T, h)
         pairs = [(runs.to(device), reads.to(device)) for runs, reads in pairs]
         x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start)
-        x_rolled, y_rolled, place = train_dmt.cut(x, begins, h), train_dmt.cut(y, begins, h), 0
+        (x_rolled, y_rolled), place = train_dmt.pieces(x, y, begins, h + Tf - 1, data.pad), 0
         note()
         with run.autocast():
             before, after, labels = train_dmt.roll_out_and_label(networks, x, begins, h, torch.cat([runs for runs, _ in pairs]))
         note("DMT roll-out")
         for runs, reads in pairs:
             here = slice(place, place := place + len(runs))
-            counts = torch.stack([(x_rolled[:, runs] != data.pad).sum(), (y_rolled[:, runs] != IGNORE).sum(),
-                                  (y_rolled[:, reads] != IGNORE).sum()])
+            counts = train_dmt.count_terms(x_rolled, y_rolled, runs, reads, Tf, data.pad)
             update(module, optimizer, config, run, before[:, here], after, labels[:, here], x_rolled, y_rolled, runs, reads, counts)
         note("DMT supervised pass")
         seconds, peaks = zip(*spent.values())
@@ -228,7 +228,7 @@ def dmt(config, smt_config, data, run, note, spent):
         if device.type == "cuda":
             note()
             with torch.no_grad(), run.autocast():
-                roll_out(networks["updater"], after[:, 0], x_rolled)
+                roll_out(networks["updater"], after[:, 0], x_rolled[:, :h])
             note("DMT roll-out, plain")
 
     begins, pairs = train_dmt.choose_pairs(config, 0, T, h)
@@ -395,7 +395,8 @@ def main():
     gradient_bytes = sum(p.numel() * p.element_size() for p in smt.parameters())
     rate = 1000 * 2 * 512**3 / median(row["ms"] for row in rows if row["item"] == "matrix product")
     facts = dict(device=device_name(device), torch=torch.__version__, threads=torch.get_num_threads(),
-                 precision="bf16 autocast" if cuda else "float32", compile=run.compile, matrix_flops_per_second=rate, gradient_bytes=gradient_bytes,
+                 precision="bf16 autocast" if cuda else "float32", compile=run.compile, matrix_flops_per_second=rate,
+                 gradient_bytes=gradient_bytes,
                  preset=config.preset, rounds=config.rounds, seed=config.seed, grow=config.grow)
     print(f"{facts['device']}, torch {facts['torch']}, threads {facts['threads']}, {facts['precision']}, "
           f"compile {'on' if run.compile else 'off'}, {rate / 1e9:,.1f} GFLOP/s with 512 x 512 matrices, "

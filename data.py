@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import download
 import fables
@@ -189,6 +190,14 @@ def stream_rows(data, step, batch_size, seq_len, length, rank=0, world_size=1):
         raise UsageError(f"{batch_size} streams of {seq_len} tokens are more than the text's {len(data.train.tokens)}")
     begin = torch.arange(batch_size).chunk(world_size)[rank] * part + step % steps * length
     return *document_rows(data.train, data.meta, begin, seq_len, cut=False), step % steps == 0
+
+
+def futures(x, y, t, future_len, pad):
+    """What the decoder reads and predicts after each position t (S,): x_{t+1..t+Tf-1} (B, S, Tf-1), y_{t..t+Tf-1} (B, S, Tf)."""
+    ahead = t[:, None] + torch.arange(future_len, device=t.device)
+    future_y = F.pad(y, (0, future_len), value=IGNORE)[:, ahead]
+    future_x = F.pad(x, (0, future_len), value=pad)[:, ahead[:, 1:]]
+    return future_x, future_y
 
 
 def held_out(data, n_documents, length, seed):

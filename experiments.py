@@ -49,7 +49,7 @@ UPDATERS = {"retrieval 32": TASKS["retrieval 32"], "stack 32": TASKS["stack 32"]
 ABLATION = {                                        # one factor at a time: a line of flags, of SMT or, after SMT as it is, of DMT
     "retrieval 32": dict(TASKS["retrieval 32"], change_smt=[
         "--lambda_dyn=0.01", "--lambda_dyn=1", "--lambda_unif=0", "--lambda_unif=0.1", "--detach", "--future_len=1", "--future_len=8",
-        "--positions=1", "--positions=16", "--encoder=window --context_len=32", "--positions=0 --unroll=4"],
+        "--positions=1", "--positions=16", "--encoder=window --context_len=32", "--positions=16 --unroll=4"],
         change_dmt=["--label_stride=4", "--horizon=8", "--label_stride=4 --unroll=4"]),
     "fables": dict(FABLES, change_smt=["--lambda_dyn=0.1", "--detach", "--p_start=0.1", "--p_start=0.5", "--unroll=1"],
                    change_dmt=["--unroll=1", "--grow=0", "--grow=0 --horizon=110", "--grow=0 --horizon=110 --persistent", "--p_start=0.1"])}

@@ -65,8 +65,12 @@ def at_least_float32(x):
 
 
 def rope(positions, head_dim):
-    """Rotary position embedding (Su et al. 2021): cos and sin of position frequency, (n, head_dim / 2, 2), for positions (n,)."""
-    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    """Rotary position embedding (Su et al. 2021): cos and sin of position frequency, (n, head_dim / 2, 2), for positions (n,).
+
+    The slower half of the pairs does not turn at all: what they hold is found from any distance.
+    """
+    pair = torch.arange(head_dim // 2, device=positions.device)
+    frequencies = torch.where(2 * pair < head_dim // 2, 10000.0 ** -(2 * pair / head_dim), 0.0)
     angles = positions[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
@@ -167,6 +171,17 @@ def normalise(memory):
     return F.rms_norm(at_least_float32(memory), memory.shape[-1:])
 
 
+def squared_error(memory, goal, relative):
+    """(.., K, d) each -> (..): mean squared error of the memory. relative: that of each memory token over the token's variance in
+    this batch, so that tokens that hardly differ between rows and positions count as much as those that do, and no memory gets
+    a smaller error by being smaller."""
+    error = (memory - goal).square().mean(-1)
+    if relative:
+        some = goal.flatten(0, -3)
+        error = error / (some - some.mean(0)).square().mean((0, 2)).clamp(min=1e-3)
+    return error.mean(-1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The four networks
 
@@ -180,7 +195,8 @@ class Encoder(nn.Module):
     window: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each position:
         no mask, one shape for a short past and for a sliding window. m_empty = E([PAD] * Tc).
     causal: a causal trunk over [PAD, x_0 .. x_{T-1}], and for each position a group of K registers that attend, in the last
-        register_layers layers, to the trunk's last Tc tokens up to t and to their own group. All S memories from one pass.
+        register_layers layers, to the trunk's last Tc tokens up to t and to their own group. The last register begins with what
+        the trunk is at t; the others ask the same at each t, and change slowly. All S memories from one pass.
     """
 
     def __init__(self, config, vocab_size):
@@ -189,6 +205,8 @@ class Encoder(nn.Module):
         self.trunk_layers = config.encoder_layers - config.register_layers
         self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.registers = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
+        if self.kind == "causal":
+            self.now = nn.Sequential(nn.RMSNorm(config.d_model), nn.Linear(config.d_model, config.d_model, bias=False))
         self.transformer = Transformer(config, config.encoder_layers, config.context_len + config.memory_tokens)
 
     def forward(self, x, t, trunk=None):
@@ -237,7 +255,9 @@ class Encoder(nn.Module):
             return torch.cat(mixed, dim=2)
 
         positions = torch.cat([at, last + 1 + torch.arange(K, device=device).repeat(S)])
-        h = torch.cat([trunk, self.registers.repeat(S, 1).expand(B, S * K, d)], dim=1)
+        now = self.now(trunk[:, (t + 1).to(device)])                                           # (B, S, d)
+        registers = self.registers + F.pad(now[:, :, None], (0, 0, K - 1, 0))                  # (B, S, K, d)
+        h = torch.cat([trunk, registers.flatten(1, 2)], dim=1)
         h = self.transformer(h, attend, slice(n, None), positions, slice(self.trunk_layers, None))
         return normalise(h).view(B, S, K, d)[:, order.argsort()]
 
@@ -260,11 +280,20 @@ class Decoder(nn.Module):
         self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens + config.future_len - 1)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
+        self.recall = nn.Linear(config.memory_tokens * config.d_model, config.d_model, bias=False) if config.encoder == "causal" else None
 
     def forward(self, memory, x):
-        n = x.shape[1]
-        h = self.transformer(torch.cat([memory, self.embed(x)], dim=1), attend_to_past, slice(None) if n else slice(-1, None))
+        n, tokens = x.shape[1], self.embed(x)
+        if self.recall is not None and n:
+            tokens = tokens + self.recall(memory.flatten(1))[:, None]
+        h = self.transformer(torch.cat([memory, tokens], dim=1), attend_to_past, slice(None) if n else slice(-1, None))
         return self.predict(h[:, -n - 1:])
+
+    def start_from(self, encoder):
+        """Take over the embedding and the layers of a causal encoder's trunk: a language model, which lacks only the past."""
+        self.embed.load_state_dict(encoder.embed.state_dict())
+        for block, trunk_block in zip(self.transformer.blocks, encoder.transformer.blocks[:encoder.trunk_layers]):
+            block.load_state_dict(trunk_block.state_dict())
 
     def predict(self, h):
         """The head alone. (.., d) -> logits (.., V)"""
@@ -294,8 +323,8 @@ class Decoder(nn.Module):
 class Updater(nn.Module):
     """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
 
-    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened; gru: a GRU cell whose state
-    is the flattened memory.
+    transformer: bidirectional over [memory, token], and a gate that says how much of each memory token to replace; mlp: a
+    residual MLP on both, flattened; gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):
@@ -305,6 +334,8 @@ class Updater(nn.Module):
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
             self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)   # begins as the identity
+            self.gate = nn.Linear(d, 1)
+            nn.init.constant_(self.gate.bias, -1.0)     # mostly closed: what is held for long must hardly change in a step
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 2 * size), nn.GELU(),
                                                       nn.Linear(2 * size, size)) for _ in range(config.updater_layers))
@@ -317,6 +348,7 @@ class Updater(nn.Module):
         token = self.embed(x)
         if self.kind == "transformer":
             h = self.transformer(torch.cat([memory, token[:, None]], dim=1), attend_to_all, slice(memory.shape[1]))
+            h = memory + self.gate(h).sigmoid() * (h - memory)
         else:
             h = memory.flatten(1)
             if self.kind == "gru":
@@ -418,11 +450,13 @@ def forward_flops(config, vocab_size, T, S):
     window, seen = config.context_len + K, min(config.context_len, T) // 2 + K
     decoded, last = K + config.future_len - 1, 2 * d * vocab_size
     return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window" else
-                        mix(T + 1) + stack(config.encoder_layers, T + 1, T // 2, 0) + stack(config.register_layers, S * K, seen)),
+                        mix(T + 1) + stack(config.encoder_layers, T + 1, T // 2, 0) + stack(config.register_layers, S * K, seen)
+                        + S * 2 * d * d),
             "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, T // 2) + T * last,
-            "decoder": mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last,
+            "decoder": (mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last
+                        + (2 * K * d * d if config.encoder == "causal" else 0)),
             "first": stack(config.decoder_layers, K, K, 1) + last,
-            "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K),
+            "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K) + 2 * K * d,
                         "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d),
                         "gru": 6 * K * d * (K * d + d)}[config.updater],
             "readout": stack(config.readout_layers, K, K, 1) + last}

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE
+from data import IGNORE, futures
 from evaluate import evaluate
-from model import chain_flops, forward_flops, parameter_counts, restore, roll_out, roll_out_without_gradients
+from model import chain_flops, forward_flops, parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
 from runtime import RunConfig, UsageError
 
 
@@ -40,7 +40,9 @@ class Config(RunConfig):
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     persistent: bool = False        # each row is a long stream: its roll-out goes on from the last memory of the one before (text only)
     lambda_dyn: float = 10.0        # weight of the dynamics loss
+    relative: bool = False          # it is, for each memory token, relative to the token's variance
     lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
+    lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
     lambda_read: float = 1.0        # weight of the readout's loss
 
     def __post_init__(self):
@@ -54,14 +56,16 @@ class Config(RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(batch_size=8, max_iters=550, lr=2e-3, grow=0.7, label_stride=16, unroll=16, updates=2, lambda_own=3.0, p_start=0.9,
-                 eval_interval=110),
+    "tiny": dict(batch_size=8, max_iters=550, lr=2e-3, grow=0.7, label_stride=16, unroll=16, updates=2, lambda_dyn=1.0,
+                 relative=True, lambda_own=1.0, lambda_hold=1.0, p_start=0.9, eval_interval=110),
     "tiny/tinystories": dict(seq_len=256, p_start=0.5),
     "tiny/text": dict(seq_len=256, p_start=0.5),
-    "small": dict(batch_size=32, max_iters=2000, lr=1e-3, grow=0.7, label_stride=16, unroll=16, updates=2, lambda_own=3.0, eval_interval=100),
+    "small": dict(batch_size=32, max_iters=2000, lr=1e-3, grow=0.7, label_stride=16, unroll=16, updates=2, lambda_dyn=1.0,
+                  relative=True, lambda_own=1.0, lambda_hold=1.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
 }
-SYNTHETIC = dict(batch_size=64, max_iters=300, lr=3e-3, grow=0.0, label_stride=1, unroll=1, updates=1, lambda_own=0.0)
+SYNTHETIC = dict(batch_size=64, max_iters=300, lr=3e-3, grow=0.0, label_stride=1, unroll=1, updates=1, lambda_dyn=10.0,
+                 relative=False, lambda_own=0.0, lambda_hold=0.0)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 
 
@@ -117,26 +121,44 @@ def cut(x, begins, h):
     return x[:, (begins[:, None] + torch.arange(h)).to(x.device)].flatten(0, 1)
 
 
-def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config):
+def pieces(x, y, begins, length, pad):
+    """The pieces of rows x, y (B, T) from n places on -> (B n, length) each; past the end of a row there is PAD, and nothing asked."""
+    return cut(F.pad(x, (0, length), value=pad), begins, length), cut(F.pad(y, (0, length), value=IGNORE), begins, length)
+
+
+def count_terms(x, y, runs, reads, future_len, pad):
+    """The denominators of the means, (4,): transitions trained, targets after them, targets decoded at the end of each run, targets
+    read out."""
+    held = futures(x, y, runs[:, -1], future_len, pad)[1]
+    return torch.stack([(x[:, runs] != pad).sum(), *((some != IGNORE).sum() for some in (y[:, runs], held, y[:, reads]))])
+
+
+def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config, future_len):
     """Step 3, plain supervised learning on the states that the RNN itself has visited:
 
         L_dyn  = MSE(f(stop_gradient(m_hat_{t-1}), x_t), m_t)       at the labelled steps
         L_own  = CE(D(f(stop_gradient(m_hat_{t-1}), x_t)), y_t)     there, too: what f must get right is what D needs (not in the paper)
+        L_hold = CE(D(f(stop_gradient(m_hat_{t-1}), x_t), x_{t+1..t+Tf-1}), y_{t..t+Tf-1})      and what it will need later (nor is this)
         L_read = CE(g(stop_gradient(m_hat_t)), y_t)                 at the steps `reads`
 
-    x, y (N, h) are the tokens of N roll-outs, runs (R, k), reads (r,) steps of them, and before (N, R, K, d), after (N, h, K, d),
-    labels (N, R, k, K, d) what roll_out_and_label returned for them. With k > 1, f goes on from its own memory for k steps.
-    Each term is these roll-outs' share of the global mean: counts (3,) are the transitions, their targets and the targets
-    read out of the global batch. Returns the weighted sum and its terms.
+    x, y (N, h + Tf - 1) are the tokens of N roll-outs and those that follow, runs (R, k), reads (r,) steps of them, and
+    before (N, R, K, d), after (N, h, K, d), labels (N, R, k, K, d) what roll_out_and_label returned for them. With k > 1, f goes
+    on from its own memory for k steps, and L_hold is at the last. Each term is these roll-outs' share of the global mean: counts
+    (4,) as of count_terms, of the global batch. Returns the weighted sum and its terms.
     """
-    transitions, predictions, readouts = counts.clamp(min=1)
+    pad, decoder = networks["updater"].pad, networks["decoder"]
+    transitions, predictions, held, readouts = counts.clamp(min=1)
     losses = {}
     predicted = roll_out(networks["updater"], before.flatten(0, 1), x[:, runs].flatten(0, 1)).view_as(labels)
-    real = x[:, runs] != networks["updater"].pad
-    losses["dyn"] = ((predicted - labels).square().mean((-2, -1)) * real).sum() / transitions
+    real = x[:, runs] != pad
+    losses["dyn"] = (squared_error(predicted, labels, config.relative) * real).sum() / transitions
     if config.lambda_own:
-        logits = networks["decoder"](predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
+        logits = decoder(predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
         losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
+    if config.lambda_hold:
+        future_x, future_y = futures(x, y, runs[:, -1], future_len, pad)
+        logits = decoder(predicted[:, :, -1].flatten(0, 1), future_x.flatten(0, 1))
+        losses["hold"] = cross_entropy(logits, future_y.flatten(0, 1)) / held
     losses["read"] = cross_entropy(networks["readout"](after[:, reads].flatten(0, 1)), y[:, reads]) / readouts
     loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
@@ -157,11 +179,12 @@ def step_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
     n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]     # as many are read out
     forward = forward_flops(model_config, vocab_size, T, n * labelled + encoded_starts(begins))
     chain = {name: chain_flops(network) for name, network in networks.items()}
-    own = bool(config.lambda_own)
+    own, hold = bool(config.lambda_own), bool(config.lambda_hold)
     return (config.batch_size * (forward["encoder"] + n * h * forward["updater"]
-                                 + 3 * n * labelled * (forward["updater"] + forward["readout"] + own * forward["first"])),
+                                 + 3 * n * labelled * (forward["updater"] + forward["readout"] + own * forward["first"])
+                                 + 3 * n * hold * labelled // unroll * forward["decoder"]),
             h * chain["updater"] + chain["encoder"]
-            + 3 * len(pairs) * max(unroll * chain["updater"] + own * chain["decoder"], chain["readout"]))
+            + 3 * len(pairs) * max(unroll * chain["updater"] + (own or hold) * chain["decoder"], chain["readout"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,14 +202,14 @@ def main():
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be a checkpoint of train_smt.py or train_dmt.py")
     T = config.seq_len or (data.longest_document if data.rows_are_documents else model_config.context_len)
-    H = min(config.horizon or T, T)
+    H, Tf = min(config.horizon or T, T), model_config.future_len
     if config.persistent:
         datasets.stream_rows(data, 0, config.batch_size, T, H)      # refuses what cannot go on, before anything is written
     networks.requires_grad_(False)
     for name in ("updater", "readout"):
         networks[name].requires_grad_()
     optimizer = runtime.adamw(networks, config)
-    module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
+    module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config, model_config.future_len), run)
     if run.compile:
         networks["updater"].compile(dynamic=False)      # for the roll-outs
     first_step = runtime.begin(run, config, data, networks, optimizer)
@@ -220,7 +243,7 @@ def main():
         else:
             x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start, run.rank, run.world_size)
         pairs = [(runs.to(run.device), reads.to(run.device)) for runs, reads in pairs]
-        rolled_x, rolled_y = cut(x, begins, h), cut(y, begins, h)
+        rolled_x, rolled_y = pieces(x, y, begins, h + Tf - 1, data.pad)
 
         collected = []                                  # a part of the rows at a time, which bounds the encoder's memory
         for i, rows in enumerate(x.chunk(config.grad_accum)):
@@ -234,8 +257,7 @@ def main():
         place = 0
         for runs, reads in pairs:
             here = slice(place, place := place + len(runs))
-            counts = run.sum(torch.stack([(rolled_x[:, runs] != data.pad).sum(), (rolled_y[:, runs] != IGNORE).sum(),
-                                          (rolled_y[:, reads] != IGNORE).sum()]))
+            counts = run.sum(count_terms(rolled_x, rolled_y, runs, reads, Tf, data.pad))
             batch = before[:, here], after, labels[:, here], rolled_x, rolled_y
             for i, part in enumerate(zip(*(tensor.chunk(config.grad_accum) for tensor in batch))):
                 with runtime.micro_step(module, last=i == config.grad_accum - 1):

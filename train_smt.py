@@ -16,9 +16,9 @@ import torch.nn.functional as F
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE
+from data import IGNORE, futures
 from evaluate import evaluate
-from model import ModelConfig, build, chain_flops, forward_flops, model_fields, parameter_counts, roll_out
+from model import ModelConfig, build, chain_flops, forward_flops, model_fields, parameter_counts, roll_out, squared_error
 from runtime import RunConfig, UsageError
 
 UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together, so that rows on other processes need not be known
@@ -29,16 +29,19 @@ UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
 class Config(ModelConfig, RunConfig):
     """What train_smt.py can be told, beside what all train scripts can."""
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
-    positions: int = 1              # positions S of each row that get a memory, drawn anew each step; 0: all of them
+    positions: int = 1              # positions S of each row that get a memory, drawn anew each step, and transitions trained there
     decode_every: int = 1           # a long future is decoded at one in so many of these positions
-    unroll: int = 1                 # steps of the transition in a row between two memories of the encoder; more need --positions=0
-    trunk_iters: int = 0            # first iterations that train the causal encoder's trunk alone, as a language model; half of them at most
+    unroll: int = 1                 # steps of the transition in a row between two memories of the encoder; S transitions in all
+    trunk_iters: int = 0            # first iterations, which train the causal encoder's trunk alone, as a language model
+    teacher_iters: int = 0          # iterations after these, which train encoder and decoder alone; both are 2/3 of a short run at most
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
     lambda_near: float = 0.0        # extra weight of the decoder's first target, which it predicts from the memory alone
     lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
+    lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
     lambda_trunk: float = 0.0       # weight of the next-token loss of the causal encoder's trunk
     lambda_dyn: float = 0.1         # weight of the dynamics loss
+    relative: bool = False          # it is, for each memory token, relative to the token's variance
     lambda_unif: float = 0.001      # weight of the uniformity loss
     lambda_read: float = 1.0        # weight of the readout's loss
     detach: bool = False            # train the transition on detached memories: the dynamics do not shape the encoder
@@ -46,66 +49,56 @@ class Config(ModelConfig, RunConfig):
     def __post_init__(self):
         ModelConfig.__post_init__(self)
         RunConfig.__post_init__(self)
-        if min(self.positions, self.seq_len) < 0 or not 0 <= self.p_start <= 1:
-            raise UsageError("--positions and --seq_len are at least 0, --p_start from 0 to 1")
-        if not 1 <= self.decode_every <= (self.positions or math.inf):
-            raise UsageError("--decode_every is from 1 to --positions")
-        if self.unroll < 1 or self.unroll > 1 and self.positions:
-            raise UsageError("--unroll is at least 1; more than 1 needs the memories of all positions, --positions=0")
+        if self.positions < 1 or self.seq_len < 0 or not 0 <= self.p_start <= 1:
+            raise UsageError("--positions is at least 1, --seq_len at least 0, --p_start from 0 to 1")
+        for name in ("decode_every", "unroll"):
+            if not 1 <= getattr(self, name) <= self.positions:
+                raise UsageError(f"--{name} is from 1 to --positions={self.positions}")
         if (self.lambda_trunk or self.trunk_iters) and self.encoder != "causal":
             raise UsageError("--lambda_trunk and --trunk_iters are for --encoder=causal: the window encoder has no trunk that could predict")
-        if self.trunk_iters < 0:
-            raise UsageError(f"--trunk_iters={self.trunk_iters} must not be negative")
+        for name in ("trunk_iters", "teacher_iters"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name}={getattr(self, name)} must not be negative")
 
 
 PRESETS = {
-    "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=4, encoder_layers=3, decoder_layers=1, updater_layers=2,
-                 readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=0, decode_every=10, unroll=16, p_start=0.9,
-                 trunk_iters=1000, lambda_near=1.0, lambda_own=1.0, lambda_trunk=1.0, lambda_dyn=1.0, lambda_unif=0.1,
-                 batch_size=4, max_iters=2700, lr=3e-3, eval_interval=500, log_interval=50),
-    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=2000, max_iters=5000),
+    "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=2, updater_layers=2,
+                 readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4, unroll=16, p_start=0.9,
+                 trunk_iters=1000, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
+                 relative=True, detach=True, lambda_unif=0.01, batch_size=4, max_iters=2700, lr=3e-3, eval_interval=500, log_interval=50),
+    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=1500, teacher_iters=500, max_iters=3500),
     "tiny/text": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5),
-    "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=2, updater_layers=4,
-                  readout_layers=2, conv_width=8, context_len=256, future_len=64, positions=0, decode_every=16, unroll=16,
-                  trunk_iters=2000, lambda_near=1.0, lambda_own=1.0, lambda_trunk=1.0, lambda_dyn=1.0, lambda_unif=0.1,
-                  batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
+    "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=3, updater_layers=4,
+                  readout_layers=2, conv_width=8, context_len=256, future_len=64, positions=64, decode_every=4, unroll=16,
+                  trunk_iters=2000, teacher_iters=2000, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
+                  relative=True, detach=True, lambda_unif=0.01, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
                   readout_layers=4, context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
                   lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
 SYNTHETIC = dict(register_layers=3, conv_width=1, memory_tokens=2, updater_layers=1, future_len=32, positions=4, decode_every=1, unroll=1,
-                 trunk_iters=0, lambda_near=0.0, lambda_own=0.0, lambda_trunk=0.0, lambda_dyn=0.1, lambda_unif=0.001,
-                 batch_size=64, max_iters=400, lr=2e-3, eval_interval=100)
+                 trunk_iters=0, teacher_iters=0, lambda_near=0.0, lambda_own=0.0, lambda_hold=0.0, lambda_trunk=0.0, lambda_dyn=0.1,
+                 relative=False, detach=False, lambda_unif=0.001, batch_size=64, max_iters=400, lr=2e-3, eval_interval=100)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
 
-def futures(x, y, t, future_len, pad):
-    """What the decoder reads and predicts after each position t (S,): x_{t+1..t+Tf-1} (B, S, Tf-1), y_{t..t+Tf-1} (B, S, Tf)."""
-    ahead = t[:, None] + torch.arange(future_len, device=t.device)
-    future_y = F.pad(y, (0, future_len), value=IGNORE)[:, ahead]
-    future_x = F.pad(x, (0, future_len), value=pad)[:, ahead[:, 1:]]
-    return future_x, future_y
-
-
 def runs_of(t, T, unroll):
-    """The positions (R, unroll) of the runs in which the transition is trained: each of t (S,) alone, or, if the runs are longer,
-    side by side over the row of T tokens, from a random place on (t is in random order)."""
-    if unroll == 1:
-        return t[:, None]
-    n = max(1, (T - unroll + 1) // unroll)
-    steps = torch.arange(n * unroll, device=t.device).view(n, unroll)
-    return steps + t[0] % (T - n * unroll + 1)
+    """The steps (R, unroll) of the runs in which the transition is trained, with R unroll <= S: they begin at the first of the
+    positions t (S,), which are in random order, or as late as a row of T tokens allows."""
+    begins = t[:len(t) // unroll].clamp(max=T - unroll)
+    return begins[:, None] + torch.arange(unroll, device=t.device)
 
 
 def count_terms(x, y, t, config, pad):
-    """The denominators of the means, (5,): targets decoded, transitions trained, targets after them, targets at t, all targets."""
-    T, (_, future_y) = x.shape[1], futures(x, y, t[::config.decode_every], config.future_len, pad)
-    runs = runs_of(t, T, config.unroll)
-    return torch.stack([(future_y != IGNORE).sum(), (x[:, runs] != pad).sum(),
-                        *((some != IGNORE).sum() for some in (y[:, runs], y[:, t], y))])
+    """The denominators of the means, (6,): targets decoded, transitions trained, targets after them, targets decoded at the end
+    of each run, targets at t, all targets."""
+    runs = runs_of(t, x.shape[1], config.unroll)
+    far, held = (futures(x, y, some, config.future_len, pad)[1] for some in (t[::config.decode_every], runs[:, -1]))
+    return torch.stack([(far != IGNORE).sum(), (x[:, runs] != pad).sum(),
+                        *((some != IGNORE).sum() for some in (y[:, runs], held, y[:, t], y))])
 
 
 def cross_entropy(logits, y):
@@ -131,10 +124,37 @@ def trunk_loss(networks, trunk, y, count):
     return cross_entropy(networks["decoder"].predict(trunk[:, 1:]), y) / count.clamp(min=1)
 
 
-def trunk_phase(config):
-    """How many first iterations train the trunk alone: half of a short run at most, in whole log lines, so that none averages both."""
-    most = min(config.trunk_iters, config.max_iters // 2)
-    return most - most % config.log_interval
+def decoder_loss(networks, memories, x, y, t, count, future_len):
+    """L_dec = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at positions t (S,), from m_t (B, S, K, d).
+
+    These rows' share of the mean over the global batch, which has `count` such targets.
+    """
+    future_x, future_y = futures(x, y, t, future_len, networks["encoder"].pad)
+    logits = networks["decoder"](memories.flatten(0, 1), future_x.flatten(0, 1))            # (B S, Tf, V)
+    return cross_entropy(logits, future_y.flatten(0, 1)) / count.clamp(min=1)
+
+
+def phases(config):
+    """At which steps the trunk has been trained alone, and then encoder and decoder: in whole log lines, so that none averages two."""
+    first, both = config.trunk_iters, config.trunk_iters + config.teacher_iters
+    most = min(both, 2 * config.max_iters // 3)
+    return [end * most // max(1, both) // config.log_interval * config.log_interval for end in (first, both)]
+
+
+def teacher_loss(networks, x, y, t, counts, config, trunk_alone):
+    """The objective before the RNN joins, while nothing asks yet that a memory be easy to update: L_trunk, then also L_dec.
+
+    Arguments and returns are those of smt_loss.
+    """
+    encoder, losses, trunk = networks["encoder"], {}, None
+    if trunk_alone or config.lambda_trunk:
+        trunk = encoder.trunk(x)
+        losses["trunk"] = trunk_loss(networks, trunk, y, counts[-1])
+    if not trunk_alone:
+        t = t[::config.decode_every]
+        losses["dec"] = decoder_loss(networks, encoder(x, t, trunk), x, y, t, counts[0], config.future_len)
+    loss = sum(losses.values())
+    return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
 
 
 def smt_loss(networks, x, y, t, counts, config):
@@ -144,46 +164,49 @@ def smt_loss(networks, x, y, t, counts, config):
         L_near  = CE(D(m_t), y_t)                            its first target again, at every position (not in the paper)
         L_dyn   = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories
         L_own   = CE(D(f(m_{t-1}, x_t)), y_t)                what f must get right is what the decoder needs (not in the paper)
+        L_hold  = L_dec from f(m_{t-1}, x_t) instead of m_t  and what it will need later (not in the paper)
         L_unif  = log mean_{a != b} exp(-2 |u_a - u_b|^2)    memory tokens apart from each other
         L_read  = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
         L_trunk                                              see trunk_loss
 
-    With unroll > 1, f goes on from its own memory for so many steps: L_dyn and L_own are over all of them. Each term is these
-    rows' share of the mean over the global batch of config.batch_size rows, which has counts (5,) of each kind: summed over
+    With unroll > 1, f goes on from its own memory for so many steps, L_dyn and L_own are over all of them, L_hold over the last,
+    and S / unroll runs begin at some of t. Each term is these
+    rows' share of the mean over the global batch of config.batch_size rows, which has counts (6,) of each kind: summed over
     micro-batches and processes they are the losses. Returns the weighted sum and its terms.
     """
     encoder, decoder, pad, (B, T), S = networks["encoder"], networks["decoder"], networks["encoder"].pad, x.shape, len(t)
-    decoded, transitions, predictions, readouts, targets = counts.clamp(min=1)
+    decoded, transitions, predictions, held, readouts, targets = counts.clamp(min=1)
     runs, no_future, losses = runs_of(t, T, config.unroll), x.new_empty(B, 0), {}           # (R, k), (B, 0)
 
     trunk = None
     if config.lambda_trunk:
         trunk = encoder.trunk(x)
         losses["trunk"] = trunk_loss(networks, trunk, y, targets)
-    if S == T:
-        memories = encoder(x, torch.arange(-1, T, device=t.device), trunk)                  # neighbours share their memories
-        after, start, goal = memories[:, t + 1], memories[:, runs[:, 0]], memories[:, runs + 1]
+    if config.unroll == 1:
+        before, after = encoder(x, torch.cat([t - 1, t]), trunk).split(S, dim=1)            # all in one call
+        start, goal = before, after[:, :, None]
     else:
-        start, after = encoder(x, torch.cat([t - 1, t]), trunk).split(S, dim=1)             # all in one call
-        goal = after[:, :, None]
+        along = torch.cat([runs[:, :1] - 1, runs], dim=1)                                   # (R, 1 + k)
+        after, memories = encoder(x, torch.cat([t, along.flatten()]), trunk).split([S, along.numel()], dim=1)
+        start, goal = memories.unflatten(1, along.shape).split([1, config.unroll], dim=2)
     # after: m_t (B, S, K, d); start: m before each run (B, R, K, d); goal: m after each of its steps (B, R, k, K, d)
 
     far = slice(None, None, config.decode_every)
-    future_x, future_y = futures(x, y, t[far], config.future_len, pad)
-    logits = decoder(after[:, far].flatten(0, 1), future_x.flatten(0, 1))                   # (B S / decode_every, Tf, V)
-    losses["dec"] = cross_entropy(logits, future_y.flatten(0, 1)) / decoded
+    losses["dec"] = decoder_loss(networks, after[:, far], x, y, t[far], decoded, config.future_len)
     if config.lambda_near:
         logits = decoder(after.flatten(0, 1), no_future.repeat(S, 1))                       # (B S, 1, V)
         losses["near"] = cross_entropy(logits, y[:, t]) / readouts
 
     if config.detach:
         start, goal = start.detach(), goal.detach()
-    predicted = roll_out(networks["updater"], start.flatten(0, 1), x[:, runs].flatten(0, 1)).view_as(goal)
+    predicted = roll_out(networks["updater"], start.reshape(-1, *start.shape[-2:]), x[:, runs].flatten(0, 1)).view_as(goal)
     real = x[:, runs] != pad
-    losses["dyn"] = ((predicted - goal).square().mean((-2, -1)) * real).sum() / transitions
+    losses["dyn"] = (squared_error(predicted, goal, config.relative) * real).sum() / transitions
     if config.lambda_own:
         logits = decoder(predicted.flatten(0, 2), no_future.repeat(runs.numel(), 1))
         losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
+    if config.lambda_hold:
+        losses["hold"] = decoder_loss(networks, predicted[:, :, -1], x, y, runs[:, -1], held, config.future_len)
 
     stride = math.ceil(UNIFORMITY_ROWS * S * after.shape[2] / UNIFORMITY_TOKENS)
     groups = after[:, ::stride].split(min(UNIFORMITY_ROWS, config.batch_size))
@@ -195,20 +218,26 @@ def smt_loss(networks, x, y, t, counts, config):
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
 
 
-def step_flops(config, networks, vocab_size, T, trunk_alone=False):
-    """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    S = config.positions or T
-    forward = forward_flops(config, vocab_size, T, T + 1 if S == T else 2 * S)
-    chain = {name: chain_flops(network) for name, network in networks.items()}
-    decoded, updated = -(-S // config.decode_every), runs_of(torch.arange(S), T, config.unroll).numel()
+def step_flops(config, networks, vocab_size, T, phase=2):
+    """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones.
+
+    phase: 0 the trunk alone, 1 encoder and decoder alone, 2 all.
+    """
+    S, R, chain = config.positions, config.positions // config.unroll, {name: chain_flops(network) for name, network in networks.items()}
+    decoded, updated = -(-S // config.decode_every), R * config.unroll
+    memories = decoded if phase == 1 else 2 * S if config.unroll == 1 else S + R + updated
+    forward = forward_flops(config, vocab_size, T, memories)
     firsts = (S if config.lambda_near else 0) + (updated if config.lambda_own else 0)
-    if trunk_alone:
+    if phase == 0:
         layers = config.encoder_layers - config.register_layers
         return 3 * config.batch_size * forward["trunk"], 3 * chain["encoder"] * layers // config.encoder_layers
-    return (3 * config.batch_size * (forward["encoder"] + decoded * forward["decoder"] + firsts * forward["first"]
-                                     + updated * forward["updater"] + S * forward["readout"]),
+    teacher = forward["encoder"] + decoded * forward["decoder"]
+    held = R * forward["decoder"] if config.lambda_hold else 0
+    if phase == 1:
+        return 3 * config.batch_size * teacher, 3 * (chain["encoder"] + chain["decoder"])
+    return (3 * config.batch_size * (teacher + held + firsts * forward["first"] + updated * forward["updater"] + S * forward["readout"]),
             3 * (chain["encoder"] + max(chain["decoder"], chain["readout"],
-                                        config.unroll * chain["updater"] + bool(config.lambda_own) * chain["decoder"])))
+                                        config.unroll * chain["updater"] + bool(config.lambda_own or config.lambda_hold) * chain["decoder"])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +248,6 @@ def main():
     run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
-    S = config.positions or T
     if config.unroll > T:
         raise UsageError(f"--unroll={config.unroll} is longer than a row, {T} tokens")
     val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
@@ -243,27 +271,29 @@ def main():
         if last:
             break
 
-        trunk_alone = step < trunk_phase(config)
-        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, S, config.p_start, run.rank, run.world_size)
+        trunk_end, teacher_end = phases(config)
+        if step == trunk_end > 0:
+            networks["decoder"].start_from(networks["encoder"])
+        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions, config.p_start,
+                                        run.rank, run.world_size)
         t = t.to(run.device)
         counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
-            if trunk_alone:
+            if step < teacher_end:
                 with run.autocast():
-                    loss = trunk_loss(networks, networks["encoder"].trunk(micro_x), micro_y, counts[-1])
+                    loss, losses = teacher_loss(networks, micro_x, micro_y, t, counts, config, step < trunk_end)
                 loss.backward()
-                losses = {"train_loss": loss, "loss_trunk": loss}
             else:
                 with runtime.micro_step(module, last=i == config.grad_accum - 1):
                     with run.autocast():
                         loss, losses = module(micro_x, micro_y, t, counts)
                     (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
-        if trunk_alone:
+        if step < teacher_end:
             run.sum_gradients(networks)                     # DDP would wait for those of the other networks
         lr = runtime.learning_rate(step, config)
         grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
-        flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, trunk_alone)
+        flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, (step >= trunk_end) + (step >= teacher_end))
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 

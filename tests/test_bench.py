@@ -19,7 +19,8 @@ TINY = dict(d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, decoder_lay
 SIZES = {"smt": TINY | dict(batch_size=4, seq_len=8, positions=2), "bptt": TINY | dict(batch_size=3, seq_len=5),
          "dmt": dict(batch_size=2, seq_len=12, horizon=6, label_stride=2),
          "transformer": dict(d_model=8, n_heads=2, decoder_layers=1, context_len=8, batch_size=5)}
-CAUSAL = dict(encoder="causal", conv_width=2, positions=0, decode_every=3, unroll=2, lambda_near=1.0, lambda_own=1.0, lambda_trunk=1.0)
+CAUSAL = dict(encoder="causal", conv_width=2, positions=8, decode_every=3, unroll=2, lambda_near=1.0, lambda_own=1.0,
+              lambda_hold=1.0, lambda_trunk=1.0, relative=True, detach=True)
 DMT = ["DMT iteration", "DMT roll-out", "DMT roll-out, one step", "DMT labels", "DMT supervised pass"]
 STEPS = ["SMT step", "data loading", *DMT, "BPTT step", "Transformer step"]
 NUMBERS = ["ms", "min_ms", "max_ms", "ratio", "tokens_per_second", "utilisation", "peak_mib"]
@@ -217,7 +218,7 @@ def test_flops_are_those_that_the_stages_count(monkeypatch, stage):
 def test_phases_of_dmt_add_up_to_the_iteration(monkeypatch, more):
     monkeypatch.setitem(bench.SIZES, "mini", SIZES | {"smt": TINY | dict(batch_size=4, seq_len=8) | more})
     configs = bench.stage_configs("mini", 0)
-    configs["dmt"] = replace(configs["dmt"], updates=2, lambda_own=1.0)
+    configs["dmt"] = replace(configs["dmt"], updates=2, lambda_own=1.0, lambda_hold=1.0, relative=True)
     work, noted = parts(configs)
     phases = ["DMT roll-out", "DMT labels", "DMT supervised pass"]
     assert set(DMT) <= set(work) and all(noted[row][0] > 0 for row in DMT)

@@ -15,11 +15,11 @@ V, PAD = 4, 4
 UPDATERS = pytest.mark.parametrize("updater", ["transformer", "mlp", "gru"])
 
 
-def networks_for(updater="transformer", d_model=4, n_heads=1):
+def networks_for(updater="transformer", d_model=4, n_heads=1, as_built=False):
     networks = build(ModelConfig(updater=updater, d_model=d_model, n_heads=n_heads, memory_tokens=2, updater_layers=1), V,
                      ("updater", "readout"))
     networks.initial_memory = nn.Parameter(torch.randn(2, d_model))
-    return randomise(networks)
+    return networks if as_built else randomise(networks)
 
 
 def batch(B=2, T=6):
@@ -132,7 +132,7 @@ def test_loss_is_finite_where_nothing_is_asked():
 @pytest.mark.parametrize("truncate", [0, 2])
 def test_overfitting_one_batch_drives_the_loss_near_its_floor(truncate):
     torch.manual_seed(0)
-    networks = networks_for(d_model=16).float()
+    networks = networks_for(d_model=16, as_built=True)
     x = torch.randint(V, (4, 8))
     x[:, 0] = torch.arange(4)                                                     # from the first token on, all is certain
     if truncate:                                                                  # from the last one on: a cut gradient teaches no more

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import QUICK, ROLL_OUTS, randomise, trained
 
 import data
@@ -11,19 +12,19 @@ import runtime
 import train_dmt
 from data import IGNORE
 from model import ModelConfig, build
-from train_dmt import Config, choose_pairs, cut, dmt_loss, horizon_at, roll_out_and_label
+from train_dmt import Config, choose_pairs, count_terms, cut, dmt_loss, horizon_at, roll_out_and_label
 
-V, PAD = 5, 5
+V, PAD, TF = 5, 5, 3
 KINDS = pytest.mark.parametrize("kind", ["window", "causal"])
 UPDATERS = pytest.mark.parametrize("updater", ["transformer", "mlp", "gru"])
-SETTINGS = Config(lambda_dyn=3.0, lambda_read=0.5, lambda_own=0.7)
+SETTINGS = Config(lambda_dyn=3.0, lambda_read=0.5, lambda_own=0.7, lambda_hold=0.9)
 SINGLE, TRIPLES = torch.tensor([[2], [0], [6], [1], [3], [5], [4]]), torch.tensor([[4, 5, 6], [1, 2, 3]])
 AT_0, READS = torch.tensor([0]), torch.tensor([5, 0, 2, 6])
 
 
 def networks_for(encoder="window", updater="transformer"):
     sizes = ModelConfig(encoder=encoder, updater=updater, d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1,
-                        updater_layers=1, context_len=4, future_len=3)
+                        updater_layers=1, context_len=4, future_len=TF)
     networks = randomise(build(sizes, V)).requires_grad_(False)
     for name in ("updater", "readout"):
         networks[name].requires_grad_()
@@ -42,14 +43,19 @@ def batch(B=4, T=7):
     return x, y
 
 
-def counts_of(x, y, runs, reads):
-    return torch.stack([(x[:, runs] != PAD).sum(), (y[:, runs] != IGNORE).sum(), (y[:, reads] != IGNORE).sum()])
+def pieces(x, y, begins, h):
+    """The tokens of each roll-out and the Tf - 1 that follow in its row, as train_dmt.py hands them to the loss."""
+    return cut(F.pad(x, (0, TF - 1), value=PAD), begins, h + TF - 1), cut(F.pad(y, (0, TF - 1), value=IGNORE), begins, h + TF - 1)
+
+
+def counts_of(x, y, begins, h, runs, reads):
+    return count_terms(*pieces(x, y, begins, h), runs, reads, TF, PAD)
 
 
 def reference_losses(networks, x, y, begins, h, runs, reads, settings):
     """One roll-out and one step at a time; between runs the state is that of the RNN without a gradient."""
     updater, readout, encoder, decoder = (networks[name] for name in ("updater", "readout", "encoder", "decoder"))
-    dyn, own, read = [], [], []
+    steps, own, hold, read, T, K = [], [], [], [], x.shape[1], 2
 
     def nll(logits, target):
         return logits.exp().sum().log() - logits[target]
@@ -65,13 +71,22 @@ def reference_losses(networks, x, y, begins, h, runs, reads, settings):
                 for i in run:
                     token, target = x[b:b + 1, begin + i], y[b, begin + i]
                     state = updater(state, token)
-                    if token != PAD:
-                        dyn.append((state - encoder(x[b:b + 1], torch.tensor([begin + i]))[:, 0]).square().mean())
+                    steps.append((state[0], encoder(x[b:b + 1], torch.tensor([begin + i]))[0, 0], token != PAD))
                     if target != IGNORE:
                         own.append(nll(decoder(state, x[b:b + 1, :0])[0, 0], target))
+                last = begin + run[-1]                                            # in the row: what follows may lie beyond the roll-out
+                follow = [int(x[b, i]) if i < T else PAD for i in range(last + 1, last + TF)]
+                logits = decoder(state, torch.tensor([follow]))[0]
+                hold += [nll(logits[i], y[b, last + i]) for i in range(TF) if last + i < T and y[b, last + i] != IGNORE]
             read += [nll(readout(states[i + 1])[0], y[b, begin + i]) for i in reads.tolist() if y[b, begin + i] != IGNORE]
-    losses = dict(dyn=sum(dyn) / len(dyn), own=sum(own) / len(own), read=sum(read) / len(read))
-    losses = {name: value for name, value in losses.items() if name != "own" or settings.lambda_own}
+    scale = [1] * K
+    if settings.relative:
+        for k in range(K):
+            middle = sum(label[k] for _, label, _ in steps) / len(steps)
+            scale[k] = sum(((label[k] - middle) ** 2).sum().item() for _, label, _ in steps) / len(steps) / len(middle)
+    dyn = [sum((state[k] - label[k]).square().mean() / scale[k] for k in range(K)) / K for state, label, real in steps if real]
+    losses = dict(dyn=sum(dyn) / len(dyn), own=sum(own) / len(own), hold=sum(hold) / len(hold), read=sum(read) / len(read))
+    losses = {name: value for name, value in losses.items() if name in ("dyn", "read") or getattr(settings, f"lambda_{name}")}
     total = sum(getattr(settings, f"lambda_{name}") * value for name, value in losses.items())
     return {"train_loss": total, **{f"loss_{name}": value for name, value in losses.items()}}
 
@@ -79,18 +94,18 @@ def reference_losses(networks, x, y, begins, h, runs, reads, settings):
 def dmt_step(networks, x, y, begins, h, runs, reads, settings=SETTINGS, counts=None):
     before, after, labels = roll_out_and_label(networks, x, begins, h, runs)
     assert not (before.requires_grad or after.requires_grad or labels.requires_grad)
-    x, y = cut(x, begins, h), cut(y, begins, h)
-    counts = counts_of(x, y, runs, reads) if counts is None else counts
-    return dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, settings)[1]
+    counts = counts_of(x, y, begins, h, runs, reads) if counts is None else counts
+    return dmt_loss(networks, before, after, labels, *pieces(x, y, begins, h), runs, reads, counts, settings, TF)[1]
 
 
 @UPDATERS
-@pytest.mark.parametrize("kind, begins, h, runs, lambda_own", [
-    ("window", [0], 7, SINGLE.tolist(), 0.0), ("causal", [0], 7, [[5], [2]], 0.7), ("causal", [1, 4], 3, [[0]], 0.7),
-    ("causal", [0, 3], 3, [[1, 2]], 0.7), ("window", [0], 7, TRIPLES.tolist(), 0.7)], ids=["1", "1-of-3", "pieces", "pieces-2", "3"])
-def test_batched_step_equals_a_loop_over_rows_and_steps(kind, updater, begins, h, runs, lambda_own):
+@pytest.mark.parametrize("kind, begins, h, runs, changes", [
+    ("window", [0], 7, SINGLE.tolist(), dict(lambda_own=0.0, lambda_hold=0.0)), ("causal", [0], 7, [[5], [2]], dict(lambda_hold=0.0)),
+    ("causal", [1, 4], 3, [[0]], {}), ("causal", [0, 3], 3, [[1, 2]], dict(relative=True)),
+    ("window", [0], 7, TRIPLES.tolist(), dict(lambda_own=0.0, relative=True))], ids=["1", "1-of-3", "pieces", "pieces-2-relative", "3-relative"])
+def test_batched_step_equals_a_loop_over_rows_and_steps(kind, updater, begins, h, runs, changes):
     networks, (x, y) = networks_for(kind, updater), batch()
-    settings, case = replace(SETTINGS, lambda_own=lambda_own), (torch.tensor(begins), h, torch.tensor(runs), torch.tensor([h - 1, 0]))
+    settings, case = replace(SETTINGS, **changes), (torch.tensor(begins), h, torch.tensor(runs), torch.tensor([h - 1, 0]))
     terms = dmt_step(networks, x, y, *case, settings)
     expected = reference_losses(networks, x, y, *case, settings)
     assert terms.keys() == expected.keys()
@@ -100,6 +115,21 @@ def test_batched_step_equals_a_loop_over_rows_and_steps(kind, updater, begins, h
                             torch.autograd.grad(expected["train_loss"], trainable(networks))):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("begins, h, runs", [([0], 7, SINGLE.tolist()), ([0], 7, TRIPLES.tolist()), ([1, 4], 3, [[0], [2]]), ([0, 3], 3, [[1, 2]])])
+def test_terms_are_counted_as_the_losses_use_them(begins, h, runs):
+    x, y = batch()
+    runs, reads = torch.tensor(runs), torch.tensor([h - 1, 0])
+    places = [(b, begin) for b in range(4) for begin in begins]
+
+    def asked(steps):
+        return sum(int(y[b, begin + i] != IGNORE) for b, begin in places for i in steps if begin + i < 7)
+
+    steps = runs.flatten().tolist()
+    expected = [sum(int(x[b, begin + i] != PAD) for b, begin in places for i in steps), asked(steps),
+                asked([i + j for i in runs[:, -1].tolist() for j in range(TF)]), asked(reads.tolist())]
+    assert counts_of(x, y, torch.tensor(begins), h, runs, reads).tolist() == expected and min(expected) > 0
 
 
 @UPDATERS
@@ -121,7 +151,8 @@ def test_every_parameter_of_updater_and_readout_gets_a_gradient_under_autocast(u
     with torch.autocast("cpu", torch.bfloat16):
         before, after, labels = roll_out_and_label(networks, x, AT_0, 7, runs)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = dmt_loss(networks, before, after, labels, x, y, runs, READS, counts_of(x, y, runs, READS), SETTINGS)
+        counts = counts_of(x, y, AT_0, 7, runs, READS)
+        loss, _ = dmt_loss(networks, before, after, labels, *pieces(x, y, AT_0, 7), runs, READS, counts, SETTINGS, TF)
     loss.backward()
     assert loss.dtype == torch.float32
     for name, parameter in networks.named_parameters():
@@ -134,7 +165,7 @@ def test_every_parameter_of_updater_and_readout_gets_a_gradient_under_autocast(u
 def test_each_loss_trains_the_network_it_should():
     networks, (x, y) = networks_for(), batch()
     terms = dmt_step(networks, x, y, AT_0, 7, TRIPLES, READS)
-    for name, network in (("loss_dyn", "updater"), ("loss_own", "updater"), ("loss_read", "readout")):
+    for name, network in (("loss_dyn", "updater"), ("loss_own", "updater"), ("loss_hold", "updater"), ("loss_read", "readout")):
         gradients = torch.autograd.grad(terms[name], trainable(networks), allow_unused=True, retain_graph=True)
         names = [n for n, p in networks.named_parameters() if p.requires_grad]
         assert {n.split(".")[0] for n, gradient in zip(names, gradients) if gradient is not None} == {network}
@@ -176,21 +207,21 @@ def test_pieces_of_a_row_lie_side_by_side():
 
 def test_losses_and_gradients_are_sums_over_micro_batches():
     networks, (x, y), begins, runs, reads = networks_for(), batch(8), torch.tensor([0, 3]), torch.tensor([[1, 2]]), torch.tensor([2, 0])
-    counts = counts_of(cut(x, begins, 3), cut(y, begins, 3), runs, reads)
-    whole, pieces = [0] * len(trainable(networks)), [0] * len(trainable(networks))
-    for n, sums in ((1, whole), (2, pieces)):
+    counts = counts_of(x, y, begins, 3, runs, reads)
+    whole, parts = [0] * len(trainable(networks)), [0] * len(trainable(networks))
+    for n, sums in ((1, whole), (2, parts)):
         for rows in torch.arange(8).chunk(n):
             loss = dmt_step(networks, x[rows], y[rows], begins, 3, runs, reads, counts=counts)["train_loss"]
             sums[:] = [a + b for a, b in zip(sums, torch.autograd.grad(loss, trainable(networks)))]
-    for a, b in zip(whole, pieces):
+    for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-10)
 
 
 def test_loss_is_finite_where_nothing_is_asked():
     networks, (x, y) = networks_for(), batch()
-    for rows in (x, torch.full_like(x, PAD)):
-        terms = dmt_step(networks, rows, torch.full_like(y, IGNORE), AT_0, 7, TRIPLES, READS)
-        assert terms["loss_read"] == terms["loss_own"] == 0 and all(bool(value.isfinite()) for value in terms.values())
+    for rows, relative in ((x, False), (torch.full_like(x, PAD), False), (torch.full_like(x, PAD), True)):
+        terms = dmt_step(networks, rows, torch.full_like(y, IGNORE), AT_0, 7, TRIPLES, READS, replace(SETTINGS, relative=relative))
+        assert terms["loss_read"] == terms["loss_own"] == terms["loss_hold"] == 0 and all(bool(value.isfinite()) for value in terms.values())
         assert rows is x or terms["loss_dyn"] == 0
 
 
@@ -254,7 +285,7 @@ def test_overfitting_one_batch_drives_the_losses_near_their_floor():
     x = torch.stack([torch.randperm(V) for _ in range(4)])
     y = torch.cat([x[:, 1:], torch.full((4, 1), IGNORE)], dim=1)
     optimizer = torch.optim.Adam(trainable(networks), lr=1e-2)
-    first, settings = None, replace(SETTINGS, lambda_own=0.0)                      # the decoder is a random one
+    first, settings = None, replace(SETTINGS, lambda_own=0.0, lambda_hold=0.0)     # the decoder is a random one
     for _ in range(250):
         terms = dmt_step(networks, x, y, AT_0, 5, torch.arange(5)[:, None], torch.arange(5), settings)
         first = first or {name: value.item() for name, value in terms.items()}
@@ -273,8 +304,9 @@ def run(folder, data_dir, source, *flags):
     return torch.load(folder / "ckpt.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("flags", [["--label_stride=2"], ["--label_stride=2", "--unroll=2", "--updates=2", "--lambda_own=1", "--grow=0.5"]],
-                         ids=["plain", "all"])
+@pytest.mark.parametrize("flags", [
+    ["--label_stride=2"], "--label_stride=2 --unroll=2 --updates=2 --lambda_own=1 --lambda_hold=1 --relative --grow=0.5".split()],
+    ids=["plain", "all"])
 def test_a_run_moves_updater_and_readout_and_nothing_else(tmp_path, data_dir, smt_run, flags):
     source = smt_run("retrieval")
     before = torch.load(source / "ckpt.pt", weights_only=True)
@@ -317,6 +349,32 @@ def test_a_growing_horizon_cuts_the_rows_into_pieces(tmp_path, monkeypatch, data
     monkeypatch.setattr(train_dmt, "roll_out_and_label", spy)
     run(tmp_path, data_dir, smt_run("retrieval"), "--dataset=retrieval", "--grow=0.75", "--label_stride=2", "--p_start=1")
     assert shapes == [([0, 2, 4, 6], 2, (64, 2)), ([0, 2, 4, 6], 2, (64, 2)), ([0, 4], 4, (32, 4)), ([0], 8, (16, 8))]
+
+
+@pytest.mark.parametrize("dataset, flags", [("retrieval", ["--grow=0.75", "--label_stride=2"]),
+                                            ("fables", ["--seq_len=20", "--horizon=7", "--p_start=0"]),
+                                            ("fables", ["--seq_len=20", "--horizon=7", "--persistent"])], ids=["growing", "anywhere", "persistent"])
+def test_what_follows_a_roll_out_is_that_of_its_row_and_nothing_beyond_the_row(tmp_path, monkeypatch, data_dir, smt_run, dataset, flags):
+    drawn, rolled, given = [], [], []
+    name = "stream_rows" if "--persistent" in flags else "sample_batch"
+    draw, roll, loss = getattr(data, name), train_dmt.roll_out_and_label, train_dmt.dmt_loss
+    monkeypatch.setattr(data, name, lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    monkeypatch.setattr(train_dmt, "roll_out_and_label", lambda *arguments: rolled.append(arguments) or roll(*arguments))
+    monkeypatch.setattr(train_dmt, "dmt_loss", lambda *arguments: given.append((*arguments[4:6], arguments[-1])) or loss(*arguments))
+    run(tmp_path, data_dir, smt_run(dataset), f"--dataset={dataset}", "--lambda_hold=1", *flags)
+    beyond, pad = 0, data.load(dataset, data_dir).pad
+    for (x, y, _), (_, _, begins, h, *_), (given_x, given_y, future_len) in zip(drawn[-4:], rolled, given, strict=True):
+        place, T = 0, x.shape[1]
+        assert given_x.shape == given_y.shape == (len(x) * len(begins), h + 2) and future_len == 3
+        for row in range(len(x)):
+            for begin in begins.tolist():
+                for i in range(h + 2):
+                    inside = begin + i < T
+                    assert given_x[place, i] == (x[row, begin + i] if inside else pad)
+                    assert given_y[place, i] == (y[row, begin + i] if inside else IGNORE)
+                    beyond += inside and i >= h
+                place += 1
+    assert bool(beyond) == ("--persistent" not in flags)                          # whose roll-outs end with their row
 
 
 def test_persistent_streams_go_on_where_they_ended_and_their_memory_with_them(tmp_path, monkeypatch, data_dir, smt_run):

@@ -1,4 +1,5 @@
 """The networks against plain loops in float64, and what each of them must not see."""
+import dataclasses
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import sample
+from data import futures
 from model import (Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, chain_flops, forward_flops, parameter_counts, restore,
-                   roll_out)
+                   roll_out, squared_error)
 from runtime import DataError, UsageError
 
 V, T = 5, 7
@@ -47,10 +49,10 @@ def rms_norm(h, gain=1.0):
 
 
 def turned(q, position):
-    """RoPE on one head's vector (d,)."""
+    """RoPE on one head's vector (d,), whose second half does not turn."""
     out = []
     for i in range(0, len(q), 2):
-        angle = position / 10000 ** (i / len(q))
+        angle = position / 10000 ** (i / len(q)) if i < len(q) / 2 else 0
         out += [q[i] * math.cos(angle) - q[i + 1] * math.sin(angle), q[i] * math.sin(angle) + q[i + 1] * math.cos(angle)]
     return torch.stack(out)
 
@@ -105,7 +107,9 @@ def reference_memory(encoder, x, t):
         alone, joined = slice(encoder.trunk_layers), slice(encoder.trunk_layers, None)
         h = reference_transformer(encoder.transformer, reference_stem(encoder.embed, past), trunk, sees, alone)
         sees = sees + [[i for i in trunk if t + 1 - Tc < i <= t + 1] + registers] * K
-    h = torch.cat([h, encoder.registers])
+        begin = encoder.registers.clone()
+        begin[-1] += encoder.now[1].weight @ rms_norm(h[t + 1], encoder.now[0].weight)
+    h = torch.cat([h, encoder.registers if encoder.kind == "window" else begin])
     return rms_norm(reference_transformer(encoder.transformer, h, positions, sees, joined)[-K:])
 
 
@@ -120,6 +124,13 @@ def test_rotation_equals_a_loop_over_pairs_compiled_or_not_and_so_do_its_gradien
         found = rotate(q, model.rope(positions.double(), shape[-1]))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)           # the frequencies are float32
         torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), q)[0], goal, rtol=1e-6, atol=1e-6)
+
+
+def test_half_of_the_pairs_of_a_head_turn_with_the_position_and_the_slower_half_does_not():
+    for head_dim, turning in ((2, 1), (4, 1), (6, 2), (16, 4)):
+        cos, sin = model.rope(torch.tensor([0, 1, 7, 3000]), head_dim).unbind(-1)
+        assert cos.shape == (4, head_dim // 2) and (cos[:, turning:] == 1).all() and (sin[:, turning:] == 0).all()
+        assert (sin[1:, :turning] != 0).all() and torch.equal(cos[1, :turning], torch.cos(10000.0 ** -(torch.arange(turning) * 2 / head_dim)))
 
 
 @ENCODERS
@@ -137,6 +148,23 @@ def test_encoder_equals_a_plain_reference_for_every_position_and_so_do_its_gradi
         for ours, theirs in zip(torch.autograd.grad((out * weight).sum(), parameters), gradients):
             assert theirs.abs().max() > 1e-3
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("register_layers", [1, 2])
+def test_the_last_register_alone_begins_with_what_the_trunk_is_at_t(register_layers):
+    encoder, t, seen = randomise(Encoder(config(encoder="causal", register_layers=register_layers), V)), torch.tensor([5, -1, 2]), []
+    encoder.transformer.blocks[encoder.trunk_layers].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    trunk = encoder.trunk(tokens(2, T))
+    seen.clear()                                                                  # the trunk may share the block
+    encoder.remember(trunk, t)
+    registers = seen[0][:, T + 1:].view(2, 3, 3, 8)
+    assert torch.equal(seen[0][:, :T + 1], trunk)
+    for row in range(2):
+        for place, i in enumerate(sorted(t.tolist())):
+            now = encoder.now[1].weight @ rms_norm(trunk[row, i + 1], encoder.now[0].weight)
+            torch.testing.assert_close(registers[row, place, :-1], encoder.registers[:-1], rtol=0, atol=0)
+            torch.testing.assert_close(registers[row, place, -1], encoder.registers[-1] + now, rtol=0, atol=1e-12)
+    assert not hasattr(Encoder(config(encoder="window"), V), "now")
 
 
 @pytest.mark.parametrize("width", [2, 3, 9])
@@ -172,11 +200,15 @@ def test_attention_can_choose_from_the_start():
 
 
 @pytest.mark.parametrize("conv_width", [1, 3])
-def test_decoder_and_readout_equal_a_plain_reference(conv_width):
-    decoder, readout = randomise(Decoder(config(conv_width=conv_width), V)), randomise(Readout(config(), V), 1)
+@pytest.mark.parametrize("encoder", ["window", "causal"])
+def test_decoder_and_readout_equal_a_plain_reference(encoder, conv_width):
+    decoder, readout = randomise(Decoder(config(encoder=encoder, conv_width=conv_width), V)), randomise(Readout(config(), V), 1)
     memory, x = memories(2), tokens(2, 3)
     for row in range(2):
-        h = torch.cat([memory[row], reference_stem(decoder.embed, x[row].tolist())])
+        read = reference_stem(decoder.embed, x[row].tolist())
+        if encoder == "causal":
+            read = read + decoder.recall.weight @ memory[row].flatten()
+        h = torch.cat([memory[row], read])
         h = reference_transformer(decoder.transformer, h, range(6), [list(range(i + 1)) for i in range(6)])
         logits = rms_norm(h[2:], decoder.norm.weight) @ decoder.head.weight.T
         torch.testing.assert_close(decoder(memory, x)[row], logits, rtol=0, atol=1e-5)
@@ -199,6 +231,23 @@ def test_decoder_without_a_future_has_the_first_output_of_one_with_a_future_and_
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("encoder_layers, register_layers, decoder_layers", [(3, 1, 2), (2, 1, 3), (4, 1, 2), (2, 2, 2)])
+def test_decoder_takes_over_embedding_and_common_layers_of_the_trunk_and_nothing_else(encoder_layers, register_layers, decoder_layers):
+    sizes = config(encoder="causal", conv_width=3, encoder_layers=encoder_layers, register_layers=register_layers, decoder_layers=decoder_layers)
+    encoder, decoder = randomise(Encoder(sizes, V)), randomise(Decoder(sizes, V), 1)
+    before, theirs = ({name: weight.clone() for name, weight in network.state_dict().items()} for network in (decoder, encoder))
+    decoder.start_from(encoder)
+    common = min(encoder_layers - register_layers, decoder_layers)
+    taken = ("embed.", *(f"transformer.blocks.{i}." for i in range(common)))
+    for name, weight in decoder.state_dict().items():
+        assert torch.equal(weight, (theirs if name.startswith(taken) else before)[name]), name
+        assert not name.startswith(taken) or not torch.equal(weight, before[name]), name
+    with torch.no_grad():
+        for parameter in decoder.parameters():                                    # a copy, which goes its own way
+            parameter += 1
+    assert all(torch.equal(weight, theirs[name]) for name, weight in encoder.state_dict().items())
+
+
 @UPDATERS
 def test_updater_equals_a_plain_reference(kind):
     updater = randomise(Updater(config(updater=kind), V))
@@ -207,6 +256,8 @@ def test_updater_equals_a_plain_reference(kind):
         token, state = updater.embed.weight[x[row]], memory[row].flatten()
         if kind == "transformer":
             h = reference_transformer(updater.transformer, torch.cat([memory[row], token[None]]), range(4), [[0, 1, 2, 3]] * 4)[:3]
+            opened = [torch.sigmoid(updater.gate.weight[0] @ one + updater.gate.bias[0]) for one in h]
+            h = torch.stack([(1 - o) * old + o * new for o, old, new in zip(opened, memory[row], h)])
         elif kind == "mlp":
             for norm, up, _, down in updater.layers:
                 both = up.weight @ rms_norm(torch.cat([state, token]), norm.weight) + up.bias
@@ -331,7 +382,6 @@ def test_decoder_never_sees_the_token_it_predicts(conv_width):
 
 @ENCODERS
 def test_no_prediction_sees_its_target_from_the_row_to_the_logits(changes):
-    from train_smt import futures
     networks = randomise(build(config(**changes, context_len=T), V))
     t = torch.arange(T)
     ahead = t[:, None] + torch.arange(4)                                          # the logits (t, i) predict y_{t+i} = x_{t+i+1}
@@ -425,10 +475,44 @@ def test_memories_have_unit_root_mean_square_and_are_float32_under_autocast(kind
         torch.testing.assert_close(m.square().mean(-1), torch.ones(m.shape[:-1]), rtol=1e-3, atol=0)
 
 
-def test_transformer_updater_begins_as_the_identity():
-    updater = Updater(config(), V)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_transformer_updater_begins_as_the_identity(layers):
+    updater = Updater(config(updater_layers=layers), V)
     memory = rms_norm(torch.randn(2, 3, 8))
     torch.testing.assert_close(updater(memory, tokens(2)), memory, rtol=1e-4, atol=1e-5)
+
+
+def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
+    updater = randomise(Updater(config(), V))
+    memory = rms_norm(memories(2))
+    with torch.no_grad():
+        updater.gate.weight.zero_()
+        for bias in (-50.0, 50.0):
+            updater.gate.bias.fill_(bias)
+            new = updater.transformer(torch.cat([memory, updater.embed(tokens(2))[:, None]], dim=1), model.attend_to_all, slice(3))
+            torch.testing.assert_close(updater(memory, tokens(2)), rms_norm(new) if bias > 0 else memory, rtol=0, atol=1e-9)
+    assert changed(rms_norm(new), memory).min() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 8), (5, 2, 3, 8), (2, 3, 4, 3, 8)])
+def test_squared_error_equals_plain_loops_relative_to_each_tokens_variance_in_the_batch_or_not(shape):
+    goal = torch.randn(shape, dtype=torch.float64) * torch.tensor([1.0, 0.2, 1e-3], dtype=torch.float64)[:, None] + 2
+    goal, memory = goal.requires_grad_(), (goal + torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(shape[:-2], dtype=torch.float64)
+    variance = []
+    for k in range(3):                                                            # the last one's is so small that it counts as 0.001
+        values = goal[..., k, :].reshape(-1, 8)
+        middle = [sum(values[:, j]) / len(values) for j in range(8)]
+        spread = sum((v - m) ** 2 for value in values for v, m in zip(value, middle)) / values.numel()
+        variance.append(spread.clamp(min=1e-3))
+    assert variance[0] > 10 * variance[1] > 100 * variance[2] and variance[2] == 1e-3
+    for relative in (False, True):
+        expected = [sum(sum((a[k, j] - b[k, j]) ** 2 for j in range(8)) / 8 / (variance[k] if relative else 1) for k in range(3)) / 3
+                    for a, b in zip(memory.flatten(0, -3), goal.flatten(0, -3))]
+        found, expected = squared_error(memory, goal, relative), torch.stack(expected).view(shape[:-2])
+        torch.testing.assert_close(found, expected)
+        for ours, theirs in zip(*(torch.autograd.grad((e * weight).sum(), [memory, goal]) for e in (found, expected))):
+            torch.testing.assert_close(ours, theirs)                              # none goes through the variance
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,9 +566,9 @@ def test_parameters_are_counted():
     assert parameter_counts(networks).endswith(f"in all {total:,}") and "readout" in parameter_counts(networks)
 
 
-@pytest.mark.parametrize("conv_width", [1, 3])
-def test_longest_chain_goes_through_every_matrix_once_and_looks_embeddings_up(conv_width):
-    for name, network in build(config(conv_width=conv_width), V).items():
+@pytest.mark.parametrize("encoder, conv_width", [("window", 1), ("causal", 3)])
+def test_longest_chain_goes_through_every_matrix_once_and_looks_embeddings_up(encoder, conv_width):
+    for name, network in build(config(encoder=encoder, conv_width=conv_width), V).items():
         linear = [m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear)]
         assert len(linear) > 4 and chain_flops(network) == 2 * sum(linear), name
 
@@ -504,3 +588,16 @@ def test_flops_are_those_that_torch_counts(changes):
             run()
         halved = name == "decoder" or name == "encoder" and sizes.encoder == "causal"
         assert counter.get_total_flops() / B == pytest.approx(expected[name], rel=0.05 if halved else 1e-9), name
+
+
+def test_flops_include_the_causal_encoders_last_register_and_the_decoders_recall():
+    causal, x = config(encoder="causal", d_model=32, context_len=24, future_len=16), tokens(3, 20)
+    networks, found = build(causal, V), {}
+    for name, part, run in (("decoder", "recall", lambda: networks["decoder"](torch.randn(3, 3, 32), x[:, :15])),
+                            ("encoder", "now", lambda: networks["encoder"](x, torch.arange(5)))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        found[part] = sum(counter.get_flop_counts()[f"{type(networks[name]).__name__}.{part}"].values()) / 3
+    assert found == {"recall": 2 * 3 * 32 * 32, "now": 5 * 2 * 32 * 32}
+    ours, without = (forward_flops(sizes, V, 20, 5)["decoder"] for sizes in (causal, dataclasses.replace(causal, encoder="window")))
+    assert ours - without == found["recall"]

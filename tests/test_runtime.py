@@ -31,9 +31,9 @@ ROOT = Path(runtime.__file__).parent
 TRAIN = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
 SCRIPTS = pytest.mark.parametrize("script", [*TRAIN.values(), sample, data, evaluate], ids=lambda s: s.__name__)
 TIMED = ("seconds", "tokens_per_second")
-ALL_OF_SMT = ("--encoder=causal --encoder_layers=2 --conv_width=3 --positions=0 --unroll=2 --trunk_iters={} "
-              "--lambda_near=1 --lambda_own=1 --lambda_trunk=1").format
-ALL_OF_DMT = "--updates=2 --unroll=2 --label_stride=2 --grow=0.5 --lambda_own=1".split()
+ALL_OF_SMT = ("--encoder=causal --encoder_layers=2 --conv_width=3 --positions=8 --unroll=2 --trunk_iters={} --teacher_iters={} "
+              "--lambda_near=1 --lambda_own=1 --lambda_hold=1 --lambda_trunk=1").format
+ALL_OF_DMT = "--updates=2 --unroll=2 --label_stride=2 --grow=0.5 --lambda_own=1 --lambda_hold=1".split()
 
 
 def flags(stage, data_dir, smt_run, out, dataset="retrieval"):
@@ -120,11 +120,12 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
 
 @pytest.mark.parametrize("script, argument, message", [
     (train_smt, "--d_model=20 --n_heads=4", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
-    (train_smt, "--encoder=bidirectional", "--encoder is one of window, causal"), (train_smt, "--positions=-1", "--positions"),
+    (train_smt, "--encoder=bidirectional", "--encoder is one of window, causal"),
+    (train_smt, "--positions=0 --decode_every=1 --unroll=1", "--positions is at least 1"),
     (train_smt, "--register_layers=9 --encoder_layers=2", "--register_layers=9 is more than --encoder_layers=2"),
     (train_smt, "--conv_width=0", "--conv_width must be at least 1"), (train_smt, "--decode_every=0", "--decode_every"),
     (train_smt, "--positions=4 --decode_every=5 --unroll=1", "--decode_every"), (train_smt, "--unroll=0", "--unroll"),
-    (train_smt, "--positions=4 --decode_every=1 --unroll=2", "--positions=0"),
+    (train_smt, "--positions=4 --decode_every=1 --unroll=5", "--unroll is from 1 to --positions=4"),
     (train_smt, "--encoder=window --trunk_iters=0 --lambda_trunk=1", "are for --encoder=causal"),
     (train_smt, "--encoder=window --trunk_iters=50 --lambda_trunk=0", "are for --encoder=causal"),
     (train_smt, "--encoder=causal --trunk_iters=-10 --log_interval=10", "--trunk_iters=-10"),
@@ -209,7 +210,7 @@ def stop_after(monkeypatch, steps, number):
 
 @pytest.mark.parametrize("stage, dataset, more", [
     ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]),
-    ("smt", "fables", ALL_OF_SMT(2).split()), ("smt", "fables", ALL_OF_SMT(4).split()),      # a stop after the trunk's phase, and at its end
+    *(("smt", "fables", ALL_OF_SMT(*some).split()) for some in ((1, 1), (1, 2), (3, 1))),       # a stop after, at the end of, between the phases
     ("bptt", "fables", []), ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []),
     ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", [*ALL_OF_DMT, "--p_start=0"])])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -442,35 +443,46 @@ def test_any_whole_number_is_a_seed(tmp_path, data_dir, smt_run, seed):
 
 
 def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
-    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=0", "--unroll=9"), 2, "--unroll=9", "8 tokens")
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=0", "--unroll=8")
+    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=9", "--unroll=9"), 2, "--unroll=9", "8 tokens")
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=8", "--unroll=8")
 
 
-def test_the_first_iterations_train_the_trunk_alone_and_no_log_line_averages_both(tmp_path, monkeypatch, data_dir, smt_run):
-    kept = ("encoder.registers", "encoder.transformer.blocks.1", "decoder.embed", "decoder.transformer", "updater", "readout")
-    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4).split(), "--log_interval=2", "--eval_interval=2", "--max_iters=8"]
-    stopped = []
-    for step in (2, 4):
+def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log_line_averages_two(tmp_path, monkeypatch, data_dir, smt_run):
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4, 4).split(), "--log_interval=2", "--eval_interval=2", "--max_iters=12"]
+    stopped, tries = [], (2, 4, 6, 8)
+    for step in tries:
         with monkeypatch.context() as patch:
             stop_after(patch, step - 1, signal.SIGTERM)
             trained(train_smt, *arguments, f"--resume={step > 2}")
         stopped.append(torch.load(tmp_path / "ckpt.pt", weights_only=True))
-    assert [checkpoint["step"] for checkpoint in stopped] == [2, 4]
-    for name, weight in stopped[0]["model"].items():
-        assert torch.equal(weight, stopped[1]["model"][name]) == name.startswith(kept) or "embed.embed" in name, name
+    assert [checkpoint["step"] for checkpoint in stopped] == list(tries)
+    rnn, teacher = ("updater", "readout"), ("encoder.registers", "encoder.now", "encoder.transformer.blocks.1", "decoder.embed",
+                                            "decoder.recall", "decoder.transformer")
+    for before, after, kept in ((0, 1, rnn + teacher), (2, 3, rnn)):
+        for name, weight in stopped[before]["model"].items():
+            assert torch.equal(weight, stopped[after]["model"][name]) == name.startswith(kept) or "embed.embed" in name, name
     trained(train_smt, *arguments, "--resume")
     lines = [line for line in metrics(tmp_path) if "train_loss" in line]
     terms = [{name.removeprefix("loss_") for name in line if name.startswith("loss_")} for line in lines]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec", "near", "own", "dyn", "unif", "read"}] * 2
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec"}] * 2 + [{"trunk", "dec", "near", "own", "hold", "dyn", "unif", "read"}] * 2
     assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
 
 
-@pytest.mark.parametrize("trunk_iters, max_iters, log_interval, phase", [
-    (1000, 2700, 50, 1000), (1000, 600, 50, 300), (1000, 100, 30, 30), (1000, 50, 50, 0), (7, 100, 2, 6), (0, 100, 10, 0)])
-def test_the_trunks_phase_fits_into_short_runs_and_ends_with_a_log_line(trunk_iters, max_iters, log_interval, phase):
-    config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, max_iters=max_iters, log_interval=log_interval)
-    assert train_smt.trunk_phase(config) == phase
+def test_the_decoder_goes_on_from_the_trunk(tmp_path, data_dir, smt_run):
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 1).split(), "--max_iters=3", "--lr=1e-9")
+    weights = checkpoint(tmp_path)
+    for name in ("embed.embed.weight", "embed.mix.weight", "transformer.blocks.0.qkv.weight", "transformer.blocks.0.down.weight"):
+        torch.testing.assert_close(weights[f".model.encoder.{name}"], weights[f".model.decoder.{name}"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("trunk_iters, teacher_iters, max_iters, log_interval, ends", [
+    (1000, 800, 2700, 50, [1000, 1800]), (1000, 800, 2000, 50, [700, 1300]), (1000, 0, 600, 50, [400, 400]), (0, 9, 100, 2, [0, 8]),
+    (1000, 1000, 100, 30, [30, 60]), (1000, 0, 50, 50, [0, 0]), (0, 0, 100, 10, [0, 0])])
+def test_the_first_phases_fit_into_short_runs_and_end_with_a_log_line(trunk_iters, teacher_iters, max_iters, log_interval, ends):
+    config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, teacher_iters=teacher_iters, max_iters=max_iters,
+                              log_interval=log_interval)
+    assert train_smt.phases(config) == ends
 
 
 def test_an_rnn_is_fine_tuned_by_bptt_whatever_the_encoder_was(tmp_path, data_dir, smt_run):
@@ -482,7 +494,7 @@ def test_an_rnn_is_fine_tuned_by_bptt_whatever_the_encoder_was(tmp_path, data_di
 
 
 def test_a_trunk_reads_rows_and_documents_longer_than_its_registers_do(tmp_path, data_dir, smt_run):
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path, "fables"), *ALL_OF_SMT(0).split(), "--seq_len=20", "--eval_len=30")
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path, "fables"), *ALL_OF_SMT(0, 0).split(), "--seq_len=20", "--eval_len=30")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,7 +530,7 @@ runtime.run_main(main)
 
 def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_dir, smt_run):
     """All pairs of runs of the same global batch; the two processes talk through gloo."""
-    more = {"smt": ["--lambda_unif=0.1"], "smt-all": [*ALL_OF_SMT(2).split(), "--lambda_unif=0.1"], "dmt": ["--horizon=6", "--persistent"],
+    more = {"smt": ["--lambda_unif=0.1"], "smt-all": [*ALL_OF_SMT(1, 1).split(), "--lambda_unif=0.1"], "dmt": ["--horizon=6", "--persistent"],
             "dmt-all": ALL_OF_DMT, "transformer": []}
     stages = {name: name.split("-")[0] for name in more}
     cases = {name: [*flags(stages[name], data_dir, smt_run, "", "fables"), "--seq_len=16", *some] for name, some in more.items()}

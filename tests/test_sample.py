@@ -88,7 +88,7 @@ def test_generating_from_a_graph_equals_generating_token_by_token():
     networks = randomise(build(ModelConfig(d_model=8, n_heads=2, memory_tokens=2), 9))
     memory = torch.randn(3, 2, 8, dtype=torch.float64)
     tokens = greedy(networks, memory, generate)
-    assert torch.equal(greedy(networks, memory, generate_from_graph), tokens) and len(tokens.unique()) > 3
+    assert torch.equal(greedy(networks, memory, generate_from_graph), tokens) and len(tokens.unique()) > 2
     drawn = torch.stack([token for token, _ in zip(generate_from_graph(networks, memory, 2.0, 0, seeded(0, 3)), range(10))], dim=1)
     one = torch.stack([token for token, _ in zip(generate_from_graph(networks, memory[1:2], 2.0, 0, seeded(1, 1)), range(10))], dim=1)
     assert torch.equal(drawn[1:2], one) and not torch.equal(drawn, tokens)

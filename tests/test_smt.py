@@ -1,13 +1,15 @@
 """The SMT objective: its contexts, futures and targets against the stream, and each loss against plain loops in float64."""
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import randomise
 
 import data
 import train_smt
-from data import IGNORE, Data, Split
+from data import IGNORE, Data, Split, futures
 from model import build
-from train_smt import Config, count_terms, futures, runs_of, smt_loss, trunk_loss, uniformity
+from train_smt import Config, count_terms, runs_of, smt_loss, teacher_loss, trunk_loss, uniformity
 
 V, PAD, TF = 200, 200, 4
 KINDS = pytest.mark.parametrize("kind", ["window", "causal"])
@@ -24,8 +26,8 @@ def make(kind, documents, targets=None, closing=b""):
 
 STORIES = make("text", [b"\0ab", b"\0cdefg", b"\0h", b"\0ijklmnopqrst"], closing=b"\0")
 TASK = make("synthetic", [b"abcd", b"efghij", b"kl"], [bytes([255, 1, 255, 2]), bytes([3, 255, 255, 4, 5, 6]), bytes([255, 7])])
-WINDOW, CAUSAL, ALL = dict(encoder="window"), dict(encoder="causal"), dict(positions=0, batch_size=8)
-NEAR_AND_OWN = dict(lambda_near=0.4, lambda_own=0.6)
+WINDOW, CAUSAL, ALL = dict(encoder="window"), dict(encoder="causal"), dict(positions=8, batch_size=8)
+EXTRA = dict(lambda_near=0.4, lambda_own=0.6, lambda_hold=0.8)
 TRUNK = dict(encoder="causal", encoder_layers=2, lambda_trunk=0.9)
 DATA = pytest.mark.parametrize("some", [STORIES, TASK], ids=["stream", "synthetic"])
 
@@ -36,9 +38,8 @@ def config(**changes):
 
 
 def batch(some=STORIES, size=16, positions=3, length=8):
-    """positions=0: all of them."""
-    x, y, t = data.sample_batch(some, 1, 3, size, length, positions or length, 0.5)
-    return x, y, torch.tensor([3, 7, 0][:positions]) if positions else t
+    x, y, t = data.sample_batch(some, 1, 3, size, length, positions, 0.5)
+    return x, y, torch.tensor([3, 7, 0][:positions]) if positions <= 3 else t
 
 
 def networks_for(settings, seed=0):
@@ -98,32 +99,34 @@ def test_contexts_futures_and_targets_are_those_of_the_stream_at_every_position(
 
 
 @DATA
-@pytest.mark.parametrize("options", [{}, dict(decode_every=2), dict(positions=0), dict(positions=0, unroll=3, decode_every=3)])
+@pytest.mark.parametrize("options", [{}, dict(decode_every=2), dict(positions=8), dict(positions=8, unroll=3, decode_every=3)])
 def test_terms_are_counted_as_the_losses_use_them(some, options):
     settings = config(**options)
     x, y, t = batch(some, positions=settings.positions)
     order = t.tolist()
-    updated = [i for run in runs_of(t, 8, settings.unroll).tolist() for i in run]
-    rows = range(16)
-    expected = [sum(int(y[b, i + j] != IGNORE) for b in rows for i in order[::settings.decode_every] for j in range(TF) if i + j < 8),
-                sum(int(x[b, i] != PAD) for b in rows for i in updated), sum(int(y[b, i] != IGNORE) for b in rows for i in updated),
-                sum(int(y[b, i] != IGNORE) for b in rows for i in order), sum(int(y[b, i] != IGNORE) for b in rows for i in range(8))]
+    runs = runs_of(t, 8, settings.unroll).tolist()
+    updated, rows = [i for run in runs for i in run], range(16)
+
+    def asked(positions):
+        return sum(int(y[b, i] != IGNORE) for b in rows for i in positions if i < 8)
+
+    expected = [asked([i + j for i in order[::settings.decode_every] for j in range(TF)]), sum(int(x[b, i] != PAD) for b in rows for i in updated),
+                asked(updated), asked([run[-1] + j for run in runs for j in range(TF)]), asked(order), asked(range(8))]
     assert count_terms(x, y, t, settings, PAD).tolist() == expected
-    assert 0 < expected[3] < 16 * len(order)
+    assert 0 < expected[4] < 16 * len(order)
 
 
-def test_runs_are_consecutive_disjoint_within_the_row_and_cover_it_over_many_steps():
+def test_runs_are_consecutive_within_the_row_as_many_as_fit_into_the_positions_and_cover_it_over_many_steps():
     for T in range(1, 14):
         for unroll in range(1, T + 1):
             seen = set()
-            for first in range(T):                                               # t is a permutation, whose first entry may be any
+            for first in range(T):                                               # t is in random order, and any position may be first
                 t = torch.tensor([first, *(i for i in range(T) if i != first)])
                 runs = runs_of(t, T, unroll)
-                assert runs.shape[1] == unroll and (runs.diff(dim=1) == 1).all()
-                places = runs.flatten().tolist()
-                assert len(set(places)) == len(places) and min(places) >= 0 and max(places) < T
-                assert len(places) > T - 2 * unroll + 1                          # most of the row at every step
-                seen |= set(places)
+                assert runs.shape == (T // unroll, unroll) and (runs.diff(dim=1) == 1).all()
+                assert runs.min() >= 0 and runs.max() < T
+                assert all(run[0] == begin or run[-1] == T - 1 for run, begin in zip(runs, t))
+                seen |= set(runs.flatten().tolist())
             assert seen == set(range(T)), (T, unroll)
     assert runs_of(torch.tensor([5, 0, 5, 2]), 8, 1).tolist() == [[5], [0], [5], [2]]
 
@@ -139,6 +142,12 @@ def mean(values):
     return sum(values) / max(len(values), 1)
 
 
+def reference_variance(tokens):
+    """By how much one memory token (d,) of all the goals differs from its mean."""
+    middle = mean(tokens)
+    return mean([mean([(value - mid) ** 2 for value, mid in zip(token, middle)]) for token in tokens])
+
+
 def reference_uniformity(memory):
     """(n, d) -> log of the mean over all ordered pairs."""
     u = [m / m.square().sum().sqrt() for m in memory]
@@ -149,7 +158,7 @@ def reference_uniformity(memory):
 def reference_losses(networks, x, y, t, settings):
     """One row, one position and one step of f at a time, from the docstring of smt_loss."""
     encoder, decoder, updater, readout = (networks[name] for name in ("encoder", "decoder", "updater", "readout"))
-    dec, near, dyn, own, read, trunk, memories = [], [], [], [], [], [], []
+    dec, near, steps, own, hold, read, trunk, memories = [], [], [], [], [], [], [], []
     T = x.shape[1]
     for b in range(len(x)):
         known = {}
@@ -162,12 +171,15 @@ def reference_losses(networks, x, y, t, settings):
         def first(memory, i):
             return nll(decoder(memory[None], x[b:b + 1, :0])[0, 0], y[b, i])
 
+        def future(memory, i):
+            follow = [int(x[b, j]) if j < T else PAD for j in range(i + 1, i + settings.future_len)]
+            logits = decoder(memory[None], torch.tensor([follow], dtype=torch.long))[0]
+            return [nll(logits[j], y[b, i + j]) for j in range(settings.future_len) if i + j < T and y[b, i + j] != IGNORE]
+
         for place, i in enumerate(t.tolist()):
             memories.append(memory(i))
             if place % settings.decode_every == 0:
-                follow = [int(x[b, j]) if j < T else PAD for j in range(i + 1, i + settings.future_len)]
-                logits = decoder(memory(i)[None], torch.tensor([follow], dtype=torch.long))[0]
-                dec += [nll(logits[j], y[b, i + j]) for j in range(settings.future_len) if i + j < T and y[b, i + j] != IGNORE]
+                dec += future(memory(i), i)
             if y[b, i] != IGNORE:
                 near.append(first(memory(i), i))
                 read.append(nll(readout(memory(i).detach()[None])[0], y[b, i]))
@@ -175,28 +187,30 @@ def reference_losses(networks, x, y, t, settings):
             state = memory(run[0] - 1).detach() if settings.detach else memory(run[0] - 1)
             for i in run:
                 state = updater(state[None], x[b, i:i + 1])[0]
-                if x[b, i] != PAD:
-                    dyn.append((state - (memory(i).detach() if settings.detach else memory(i))).square().mean())
+                steps.append((state, memory(i).detach() if settings.detach else memory(i), x[b, i] != PAD))
                 if y[b, i] != IGNORE:
                     own.append(first(state, i))
+            hold += future(state, run[-1])
         if settings.lambda_trunk:
             trunk += [nll(decoder.predict(encoder.trunk(x[b:b + 1, :i + 1])[0, -1]), y[b, i]) for i in range(T) if y[b, i] != IGNORE]
+    scale = [reference_variance([goal[k] for _, goal, _ in steps]) if settings.relative else 1 for k in range(settings.memory_tokens)]
+    dyn = [mean([(a - b).square().mean() / size for a, b, size in zip(state, goal, scale)]) for state, goal, real in steps if real]
     groups = torch.stack(memories).view(len(x), len(t), settings.memory_tokens, -1).split(train_smt.UNIFORMITY_ROWS)
-    terms = dict(trunk=mean(trunk), dec=mean(dec), near=mean(near), dyn=mean(dyn), own=mean(own), read=mean(read),
+    terms = dict(trunk=mean(trunk), dec=mean(dec), near=mean(near), dyn=mean(dyn), own=mean(own), hold=mean(hold), read=mean(read),
                  unif=mean([reference_uniformity(group.flatten(0, 2)) for group in groups]))
-    terms = {name: value for name, value in terms.items() if name not in ("trunk", "near", "own") or getattr(settings, f"lambda_{name}")}
+    terms = {name: value for name, value in terms.items() if name in ("dec", "dyn", "read", "unif") or getattr(settings, f"lambda_{name}")}
     total = sum(getattr(settings, f"lambda_{name}") * value for name, value in terms.items())
     return {"train_loss": total, **{f"loss_{name}": value for name, value in terms.items()}}
 
 
 @pytest.mark.parametrize("some, options", [
-    (STORIES, WINDOW), (STORIES, WINDOW | dict(detach=True)), (STORIES, WINDOW | NEAR_AND_OWN | dict(decode_every=2)),
-    (TASK, WINDOW | dict(conv_width=3)), (STORIES, WINDOW | ALL | NEAR_AND_OWN | dict(unroll=3, decode_every=3)),
-    (STORIES, CAUSAL | NEAR_AND_OWN), (TASK, CAUSAL | ALL), (TASK, CAUSAL | ALL | NEAR_AND_OWN | dict(unroll=2, detach=True)),
+    (STORIES, WINDOW), (STORIES, WINDOW | dict(detach=True)), (STORIES, WINDOW | EXTRA | dict(decode_every=2)),
+    (TASK, WINDOW | dict(conv_width=3, relative=True)), (STORIES, WINDOW | ALL | EXTRA | dict(unroll=3, decode_every=3)),
+    (STORIES, CAUSAL | EXTRA), (TASK, CAUSAL | ALL), (TASK, CAUSAL | ALL | EXTRA | dict(unroll=2, detach=True, relative=True)),
     (STORIES, CAUSAL | ALL | dict(unroll=8, lambda_own=0.6)), (TASK, TRUNK),
-    (STORIES, TRUNK | ALL | NEAR_AND_OWN | dict(unroll=3, conv_width=3, register_layers=2))],
-    ids=["window", "window-detached", "window-near-own", "window-task", "window-all-3", "causal-near-own", "causal-all",
-         "causal-all-2-detached", "causal-all-8", "causal-trunk", "causal-all-3-trunk"])
+    (STORIES, TRUNK | ALL | EXTRA | dict(unroll=3, conv_width=3, register_layers=2, relative=True))],
+    ids=["window", "window-detached", "window-extra", "window-task-relative", "window-all-3", "causal-extra", "causal-all",
+         "causal-all-2-detached-relative", "causal-all-8", "causal-trunk", "causal-all-3-trunk-relative"])
 def test_each_loss_and_the_gradient_of_their_sum_equal_plain_loops(some, options):
     settings = config(**options, lambda_dec=0.7, lambda_dyn=2.0, lambda_unif=0.5, lambda_read=1.3)
     networks = networks_for(settings)
@@ -212,19 +226,9 @@ def test_each_loss_and_the_gradient_of_their_sum_equal_plain_loops(some, options
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("unroll", [1, 3])
-def test_the_order_of_the_positions_changes_nothing_where_all_have_a_memory(unroll):
-    settings = config(encoder="causal", positions=0, unroll=unroll, **NEAR_AND_OWN, lambda_unif=0.5)
-    networks = networks_for(settings)
-    x, y, t = batch(TASK, positions=0)
-    other = torch.cat([t[:1], t[1:].flip(0)])                                    # the first one says where the runs begin
-    for a, b in zip(*(smt_loss(networks, x, y, some, count_terms(x, y, some, settings, PAD), settings)[1].values() for some in (t, other))):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("options, t, starts, goals", [
-    ({}, [3], [2], [3]), ({}, [5, 3], [4, 2], [5, 3]), (dict(positions=0), [4, 0, 1, 2, 3, 5, 6, 7], range(-1, 7), range(8)),
-    (dict(positions=0, unroll=3), [1, 0, 2, 3, 4, 5, 6, 7], [0, 3], range(1, 7))], ids=["one", "two", "dense", "dense-3"])
+    ({}, [3], [2], [3]), ({}, [5, 3], [4, 2], [5, 3]), (dict(positions=8), [4, 0, 1, 2, 3, 5, 6, 7], range(-1, 7), range(8)),
+    (dict(positions=8, unroll=3), [1, 7, 2, 3, 4, 5, 6, 0], [0, 4], [*range(1, 4), *range(5, 8)])], ids=["one", "two", "all", "all-3"])
 def test_dynamics_loss_reaches_the_encoder_through_both_memories_and_through_none_when_detached(options, t, starts, goals):
     """The encoder is a table here, whose entry for position t is a leaf: the gradient of each memory is seen on its own."""
     networks = networks_for(config())
@@ -259,16 +263,16 @@ def test_dynamics_loss_reaches_the_encoder_through_both_memories_and_through_non
 
 
 @KINDS
-@pytest.mark.parametrize("options", [{}, dict(positions=0, unroll=3)], ids=["sparse", "dense-3"])
+@pytest.mark.parametrize("options", [{}, dict(positions=8, unroll=3)], ids=["sparse", "dense-3"])
 def test_each_loss_trains_the_networks_it_should(kind, options):
     for detach in (False, True):
-        settings = config(encoder=kind, detach=detach, **NEAR_AND_OWN, **options)
+        settings = config(encoder=kind, detach=detach, **EXTRA, **options)
         networks = networks_for(settings)
-        x, y, t = batch(TASK, positions=settings.positions)
+        x, y, t = batch(STORIES, positions=settings.positions)
         reached = {term: moved(loss_and_gradients(networks, x, y, t, settings, term)[1])
-                   for term in ("loss_dec", "loss_near", "loss_own", "loss_dyn", "loss_unif", "loss_read")}
-        both = {"encoder", "decoder"}
-        assert reached == {"loss_dec": both, "loss_near": both, "loss_own": {"updater", "decoder"} | (set() if detach else both),
+                   for term in ("loss_dec", "loss_near", "loss_own", "loss_hold", "loss_dyn", "loss_unif", "loss_read")}
+        both, all_three = {"encoder", "decoder"}, {"updater", "decoder"} | (set() if detach else {"encoder"})
+        assert reached == {"loss_dec": both, "loss_near": both, "loss_own": all_three, "loss_hold": all_three,
                            "loss_dyn": {"updater"} if detach else {"updater", "encoder"},
                            "loss_unif": {"encoder"}, "loss_read": {"readout"}}
     _, gradients = loss_and_gradients(networks, x, y, t, settings)
@@ -286,6 +290,29 @@ def test_trunk_loss_trains_the_trunk_and_the_decoders_head(register_layers):
     assert trained == below | {name for name in gradients if name.startswith("encoder.transformer.blocks.0.") and register_layers == 1}
     alone = trunk_loss(networks, networks["encoder"].trunk(x), y, (y != IGNORE).sum())
     torch.testing.assert_close(alone.detach(), value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("some, options, trunk_alone, names", [
+    (STORIES, WINDOW, False, ["dec"]), (TASK, CAUSAL | dict(positions=8, decode_every=3), False, ["dec"]), (STORIES, TRUNK, True, ["trunk"]),
+    (TASK, TRUNK | dict(lambda_trunk=0.0), True, ["trunk"]), (TASK, TRUNK | dict(decode_every=2, conv_width=3), False, ["trunk", "dec"])],
+    ids=["window", "causal", "trunk-alone", "trunk-alone-without-weight", "trunk-and-decoder"])
+def test_before_the_rnn_joins_the_loss_is_the_plain_sum_of_trunk_and_decoder_and_leaves_updater_and_readout_alone(
+        some, options, trunk_alone, names):
+    settings = config(**options, lambda_dec=0.7)
+    networks = networks_for(settings)
+    x, y, t = batch(some, positions=settings.positions)
+    loss, terms = teacher_loss(networks, x, y, t, count_terms(x, y, t, settings, PAD), settings, trunk_alone)
+    expected = reference_losses(networks, x, y, t, replace(settings, lambda_trunk=float("trunk" in names)))
+    expected = {f"loss_{name}": expected[f"loss_{name}"] for name in names}
+    expected["train_loss"] = sum(expected.values())
+    assert terms.keys() == expected.keys() and loss is terms["train_loss"]
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-7, atol=1e-9, msg=lambda m: f"{name}: {m}")
+    ours, theirs = (torch.autograd.grad(value, list(networks.parameters()), allow_unused=True) for value in (loss, expected["train_loss"]))
+    for (name, _), a, b in zip(networks.named_parameters(), ours, theirs):
+        assert (a is None) == (b is None) and (a is None or not name.startswith(("updater", "readout"))), name
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_uniformity_is_that_of_the_paper_and_least_for_memories_far_apart():
@@ -327,8 +354,8 @@ def test_uniformity_looks_at_a_bounded_number_of_tokens(monkeypatch):
 # Batches
 
 @pytest.mark.parametrize("some, options", [
-    (STORIES, {}), (TASK, dict(encoder="causal", lambda_near=0.4)), (TASK, dict(positions=0, unroll=3, **NEAR_AND_OWN)),
-    (STORIES, dict(**TRUNK, **NEAR_AND_OWN, positions=0, unroll=2, decode_every=3))], ids=["window", "causal", "dense-3", "dense-2-trunk"])
+    (STORIES, {}), (TASK, dict(encoder="causal", lambda_near=0.4)), (TASK, dict(positions=8, unroll=3, **EXTRA)),
+    (STORIES, dict(**TRUNK, **EXTRA, positions=8, unroll=2, decode_every=3))], ids=["window", "causal", "dense-3", "dense-2-trunk"])
 def test_losses_and_gradients_are_sums_over_micro_batches(some, options):
     settings = config(batch_size=32, lambda_unif=1.0, **options)
     networks = networks_for(settings)
@@ -347,8 +374,21 @@ def test_losses_and_gradients_are_sums_over_micro_batches(some, options):
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [dict(lambda_near=0.4), dict(encoder="causal", lambda_own=0.6),
-                                     dict(**TRUNK, **NEAR_AND_OWN, positions=0, unroll=3)], ids=["window", "causal", "dense-3-trunk"])
+@pytest.mark.parametrize("options", [{}, dict(**CAUSAL, **EXTRA, positions=8, unroll=3)], ids=["sparse", "dense-3"])
+def test_relative_dynamics_are_relative_to_the_variance_in_the_micro_batch(options):
+    settings = config(**options, relative=True)
+    networks = networks_for(settings)
+    x, y, t = batch(TASK, 16, settings.positions)
+    counts = count_terms(x, y, t, settings, PAD)
+    for rows in torch.arange(16).chunk(2):
+        part_x, part_y = x[rows], y[rows]
+        share = count_terms(part_x, part_y, t, settings, PAD)[1] / counts[1]
+        _, terms = smt_loss(networks, part_x, part_y, t, counts, settings)
+        torch.testing.assert_close(terms["loss_dyn"], share * reference_losses(networks, part_x, part_y, t, settings)["loss_dyn"])
+
+
+@pytest.mark.parametrize("options", [dict(lambda_near=0.4, relative=True), dict(encoder="causal", lambda_own=0.6),
+                                     dict(**TRUNK, **EXTRA, positions=8, unroll=3, relative=True)], ids=["window", "causal", "dense-3-trunk"])
 def test_loss_is_finite_where_nothing_is_asked(options):
     settings = config(**options)
     networks = networks_for(settings)
@@ -363,7 +403,7 @@ def test_loss_is_finite_where_nothing_is_asked(options):
         assert all(p.grad.isfinite().all() for p in networks.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("options", [WINDOW, TRUNK | NEAR_AND_OWN | dict(positions=0, unroll=2)], ids=["window", "causal-all-2-trunk"])
+@pytest.mark.parametrize("options", [WINDOW, TRUNK | EXTRA | dict(positions=8, unroll=2)], ids=["window", "causal-all-2-trunk"])
 def test_overfitting_one_batch_drives_every_term_to_its_floor(options):
     """The first token tells the whole row: the floor of each cross-entropy is 0, and so is that of the dynamics."""
     settings = config(**options, d_model=32, batch_size=8, future_len=2, context_len=8, lambda_dyn=1.0)
