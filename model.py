@@ -171,14 +171,13 @@ def normalise(memory):
     return F.rms_norm(at_least_float32(memory), memory.shape[-1:])
 
 
-def squared_error(memory, goal, relative):
-    """(.., K, d) each -> (..): mean squared error of the memory. relative: that of each memory token over the token's variance in
-    this batch, so that tokens that hardly differ between rows and positions count as much as those that do, and no memory gets
-    a smaller error by being smaller."""
+def squared_error(memory, goal, before=None):
+    """(.., K, d) each -> (..): mean squared error of the memory. With the memory `before` the transition it is relative: that of each
+    memory token over the mean square of the token's change in this batch (1: no better than to leave it as it was), so that
+    tokens that seldom change count as much as those that always do, and the few changes of such a token count for much."""
     error = (memory - goal).square().mean(-1)
-    if relative:
-        some = goal.flatten(0, -3)
-        error = error / (some - some.mean(0)).square().mean((0, 2)).clamp(min=1e-3)
+    if before is not None:
+        error = error / (goal - before).square().flatten(0, -3).mean((0, 2)).clamp(min=1e-4)
     return error.mean(-1)
 
 

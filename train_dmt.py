@@ -40,7 +40,7 @@ class Config(RunConfig):
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     persistent: bool = False        # each row is a long stream: its roll-out goes on from the last memory of the one before (text only)
     lambda_dyn: float = 10.0        # weight of the dynamics loss
-    relative: bool = False          # it is, for each memory token, relative to the token's variance
+    relative: bool = False          # it is, for each memory token, relative to how much the token changes
     lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
     lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
     lambda_read: float = 1.0        # weight of the readout's loss
@@ -151,7 +151,7 @@ def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config,
     losses = {}
     predicted = roll_out(networks["updater"], before.flatten(0, 1), x[:, runs].flatten(0, 1)).view_as(labels)
     real = x[:, runs] != pad
-    losses["dyn"] = (squared_error(predicted, labels, config.relative) * real).sum() / transitions
+    losses["dyn"] = (squared_error(predicted, labels, before[:, :, None] if config.relative else None) * real).sum() / transitions
     if config.lambda_own:
         logits = decoder(predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
         losses["own"] = cross_entropy(logits, y[:, runs]) / predictions

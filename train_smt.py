@@ -23,6 +23,7 @@ from runtime import RunConfig, UsageError
 
 UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together, so that rows on other processes need not be known
 UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
+WRITES = 32               # transitions of each row in which the memory changes most
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Config(ModelConfig, RunConfig):
     lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
     lambda_trunk: float = 0.0       # weight of the next-token loss of the causal encoder's trunk
     lambda_dyn: float = 0.1         # weight of the dynamics loss
-    relative: bool = False          # it is, for each memory token, relative to the token's variance
+    relative: bool = False          # it is, for each memory token, relative to how much the token changes
+    lambda_write: float = 0.0       # weight of the relative dynamics loss where the memory changes most
     lambda_unif: float = 0.001      # weight of the uniformity loss
     lambda_read: float = 1.0        # weight of the readout's loss
     detach: bool = False            # train the transition on detached memories: the dynamics do not shape the encoder
@@ -65,20 +67,22 @@ PRESETS = {
     "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=2, updater_layers=2,
                  readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4, unroll=16, p_start=0.9,
                  trunk_iters=1000, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
-                 relative=True, detach=True, lambda_unif=0.01, batch_size=4, max_iters=2700, lr=3e-3, eval_interval=500, log_interval=50),
+                 relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=4, max_iters=2900, lr=3e-3,
+                 eval_interval=500, log_interval=50),
     "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=1500, teacher_iters=500, max_iters=3500),
     "tiny/text": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5),
     "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=3, updater_layers=4,
                   readout_layers=2, conv_width=8, context_len=256, future_len=64, positions=64, decode_every=4, unroll=16,
                   trunk_iters=2000, teacher_iters=2000, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
-                  relative=True, detach=True, lambda_unif=0.01, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
+                  relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=32, max_iters=20_000, lr=1e-3,
+                  eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
                   readout_layers=4, context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
                   lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
 SYNTHETIC = dict(register_layers=3, conv_width=1, memory_tokens=2, updater_layers=1, future_len=32, positions=4, decode_every=1, unroll=1,
                  trunk_iters=0, teacher_iters=0, lambda_near=0.0, lambda_own=0.0, lambda_hold=0.0, lambda_trunk=0.0, lambda_dyn=0.1,
-                 relative=False, detach=False, lambda_unif=0.001, batch_size=64, max_iters=400, lr=2e-3, eval_interval=100)
+                 relative=False, lambda_write=0.0, detach=False, lambda_unif=0.001, batch_size=64, max_iters=400, lr=2e-3, eval_interval=100)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 
 
@@ -157,6 +161,20 @@ def teacher_loss(networks, x, y, t, counts, config, trunk_alone):
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
 
 
+def write_loss(networks, x, trunk, config):
+    """L_write: MSE(f(m_{t-1}, x_t), m_t) / MSE(m_{t-1}, m_t), the dynamics loss of f alone, at the WRITES transitions of each row x
+    (B, T) in which the memory changes most, all memory tokens counting alike. These rows' share of the mean over the global batch."""
+    rows, n = torch.arange(len(x), device=x.device)[:, None], min(WRITES, x.shape[1])
+    with torch.no_grad():
+        memories = networks["encoder"](x, torch.arange(-1, x.shape[1], device=x.device), trunk)             # (B, T + 1, K, d)
+        real = x != networks["encoder"].pad
+        change = squared_error(memories[:, :-1], memories[:, 1:], memories[:, :-1])                         # (B, T)
+        t = (change * real).topk(n).indices                                                                 # (B, n)
+    start, goal = memories[rows, t], memories[rows, t + 1]
+    predicted = networks["updater"](start.flatten(0, 1), x[rows, t].flatten()).view_as(goal)
+    return (squared_error(predicted, goal, start) * real[rows, t]).sum() / (config.batch_size * n)
+
+
 def smt_loss(networks, x, y, t, counts, config):
     """The joint objective on rows x, y (B, T) at positions t (S,), in random order, with m_t = E(x_{<=t}) and m_{-1} = m_empty:
 
@@ -165,14 +183,15 @@ def smt_loss(networks, x, y, t, counts, config):
         L_dyn   = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories
         L_own   = CE(D(f(m_{t-1}, x_t)), y_t)                what f must get right is what the decoder needs (not in the paper)
         L_hold  = L_dec from f(m_{t-1}, x_t) instead of m_t  and what it will need later (not in the paper)
+        L_write = L_dyn at the WRITES transitions of a row that change the memory most: names are seldom written (not in the paper)
         L_unif  = log mean_{a != b} exp(-2 |u_a - u_b|^2)    memory tokens apart from each other
         L_read  = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
         L_trunk                                              see trunk_loss
 
     With unroll > 1, f goes on from its own memory for so many steps, L_dyn and L_own are over all of them, L_hold over the last,
-    and S / unroll runs begin at some of t. Each term is these
-    rows' share of the mean over the global batch of config.batch_size rows, which has counts (6,) of each kind: summed over
-    micro-batches and processes they are the losses. Returns the weighted sum and its terms.
+    and S / unroll runs begin at some of t. Each term is these rows' share of the mean over the global batch of config.batch_size
+    rows, which has counts (6,) of each kind: summed over micro-batches and processes they are the losses. What is relative is so
+    to these rows. Returns the weighted sum and its terms.
     """
     encoder, decoder, pad, (B, T), S = networks["encoder"], networks["decoder"], networks["encoder"].pad, x.shape, len(t)
     decoded, transitions, predictions, held, readouts, targets = counts.clamp(min=1)
@@ -183,13 +202,13 @@ def smt_loss(networks, x, y, t, counts, config):
         trunk = encoder.trunk(x)
         losses["trunk"] = trunk_loss(networks, trunk, y, targets)
     if config.unroll == 1:
-        before, after = encoder(x, torch.cat([t - 1, t]), trunk).split(S, dim=1)            # all in one call
-        start, goal = before, after[:, :, None]
+        start, after = encoder(x, torch.cat([t - 1, t]), trunk)[:, :, None].split(S, dim=1)  # all in one call
+        after, goal = after.squeeze(2), after
     else:
         along = torch.cat([runs[:, :1] - 1, runs], dim=1)                                   # (R, 1 + k)
         after, memories = encoder(x, torch.cat([t, along.flatten()]), trunk).split([S, along.numel()], dim=1)
         start, goal = memories.unflatten(1, along.shape).split([1, config.unroll], dim=2)
-    # after: m_t (B, S, K, d); start: m before each run (B, R, K, d); goal: m after each of its steps (B, R, k, K, d)
+    # after: m_t (B, S, K, d); start: m before each run (B, R, 1, K, d); goal: m after each of its steps (B, R, k, K, d)
 
     far = slice(None, None, config.decode_every)
     losses["dec"] = decoder_loss(networks, after[:, far], x, y, t[far], decoded, config.future_len)
@@ -199,9 +218,11 @@ def smt_loss(networks, x, y, t, counts, config):
 
     if config.detach:
         start, goal = start.detach(), goal.detach()
-    predicted = roll_out(networks["updater"], start.reshape(-1, *start.shape[-2:]), x[:, runs].flatten(0, 1)).view_as(goal)
+    predicted = roll_out(networks["updater"], start.flatten(0, 2), x[:, runs].flatten(0, 1)).view_as(goal)
     real = x[:, runs] != pad
-    losses["dyn"] = (squared_error(predicted, goal, config.relative) * real).sum() / transitions
+    losses["dyn"] = (squared_error(predicted, goal, start if config.relative else None) * real).sum() / transitions
+    if config.lambda_write:
+        losses["write"] = write_loss(networks, x, trunk, config)
     if config.lambda_own:
         logits = decoder(predicted.flatten(0, 2), no_future.repeat(runs.numel(), 1))
         losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
@@ -233,9 +254,11 @@ def step_flops(config, networks, vocab_size, T, phase=2):
         return 3 * config.batch_size * forward["trunk"], 3 * chain["encoder"] * layers // config.encoder_layers
     teacher = forward["encoder"] + decoded * forward["decoder"]
     held = R * forward["decoder"] if config.lambda_hold else 0
+    writes = forward_flops(config, vocab_size, T, T + 1)["encoder"] + 3 * min(WRITES, T) * forward["updater"] if config.lambda_write else 0
     if phase == 1:
         return 3 * config.batch_size * teacher, 3 * (chain["encoder"] + chain["decoder"])
-    return (3 * config.batch_size * (teacher + held + firsts * forward["first"] + updated * forward["updater"] + S * forward["readout"]),
+    return (config.batch_size * (writes + 3 * (teacher + held + firsts * forward["first"] + updated * forward["updater"]
+                                               + S * forward["readout"])),
             3 * (chain["encoder"] + max(chain["decoder"], chain["readout"],
                                         config.unroll * chain["updater"] + bool(config.lambda_own or config.lambda_hold) * chain["decoder"])))
 

@@ -71,7 +71,7 @@ def reference_losses(networks, x, y, begins, h, runs, reads, settings):
                 for i in run:
                     token, target = x[b:b + 1, begin + i], y[b, begin + i]
                     state = updater(state, token)
-                    steps.append((state[0], encoder(x[b:b + 1], torch.tensor([begin + i]))[0, 0], token != PAD))
+                    steps.append((state[0], encoder(x[b:b + 1], torch.tensor([begin + i]))[0, 0], states[run[0]][0], token != PAD))
                     if target != IGNORE:
                         own.append(nll(decoder(state, x[b:b + 1, :0])[0, 0], target))
                 last = begin + run[-1]                                            # in the row: what follows may lie beyond the roll-out
@@ -79,12 +79,9 @@ def reference_losses(networks, x, y, begins, h, runs, reads, settings):
                 logits = decoder(state, torch.tensor([follow]))[0]
                 hold += [nll(logits[i], y[b, last + i]) for i in range(TF) if last + i < T and y[b, last + i] != IGNORE]
             read += [nll(readout(states[i + 1])[0], y[b, begin + i]) for i in reads.tolist() if y[b, begin + i] != IGNORE]
-    scale = [1] * K
-    if settings.relative:
-        for k in range(K):
-            middle = sum(label[k] for _, label, _ in steps) / len(steps)
-            scale[k] = sum(((label[k] - middle) ** 2).sum().item() for _, label, _ in steps) / len(steps) / len(middle)
-    dyn = [sum((state[k] - label[k]).square().mean() / scale[k] for k in range(K)) / K for state, label, real in steps if real]
+    scale = [sum((label[k] - before[k]).square().mean() for _, label, before, _ in steps) / len(steps) if settings.relative else 1
+             for k in range(K)]
+    dyn = [sum((state[k] - label[k]).square().mean() / scale[k] for k in range(K)) / K for state, label, _, real in steps if real]
     losses = dict(dyn=sum(dyn) / len(dyn), own=sum(own) / len(own), hold=sum(hold) / len(hold), read=sum(read) / len(read))
     losses = {name: value for name, value in losses.items() if name in ("dyn", "read") or getattr(settings, f"lambda_{name}")}
     total = sum(getattr(settings, f"lambda_{name}") * value for name, value in losses.items())

@@ -495,24 +495,23 @@ def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 8), (5, 2, 3, 8), (2, 3, 4, 3, 8)])
-def test_squared_error_equals_plain_loops_relative_to_each_tokens_variance_in_the_batch_or_not(shape):
-    goal = torch.randn(shape, dtype=torch.float64) * torch.tensor([1.0, 0.2, 1e-3], dtype=torch.float64)[:, None] + 2
-    goal, memory = goal.requires_grad_(), (goal + torch.randn(shape, dtype=torch.float64)).requires_grad_()
-    weight = torch.randn(shape[:-2], dtype=torch.float64)
-    variance = []
-    for k in range(3):                                                            # the last one's is so small that it counts as 0.001
-        values = goal[..., k, :].reshape(-1, 8)
-        middle = [sum(values[:, j]) / len(values) for j in range(8)]
-        spread = sum((v - m) ** 2 for value in values for v, m in zip(value, middle)) / values.numel()
-        variance.append(spread.clamp(min=1e-3))
-    assert variance[0] > 10 * variance[1] > 100 * variance[2] and variance[2] == 1e-3
+def test_squared_error_equals_plain_loops_relative_to_how_much_each_token_changes_in_the_batch_or_not(shape):
+    size = torch.tensor([1.0, 0.2, 1e-3], dtype=torch.float64)[:, None]
+    before = torch.randn(shape, dtype=torch.float64)
+    goal = before + torch.randn(shape, dtype=torch.float64) * size
+    before, goal, memory = (some.requires_grad_() for some in (before, goal, goal + torch.randn(shape, dtype=torch.float64)))
+    weight, change = torch.randn(shape[:-2], dtype=torch.float64), []
+    for k in range(3):                                                            # the last one's is so small that it counts as 0.0001
+        pairs = zip(goal[..., k, :].flatten(), before[..., k, :].flatten())
+        change.append((sum((a - b) ** 2 for a, b in pairs) / goal[..., k, :].numel()).clamp(min=1e-4))
+    assert change[0] > 10 * change[1] > 100 * change[2] and change[2] == 1e-4
     for relative in (False, True):
-        expected = [sum(sum((a[k, j] - b[k, j]) ** 2 for j in range(8)) / 8 / (variance[k] if relative else 1) for k in range(3)) / 3
+        expected = [sum(sum((a[k, j] - b[k, j]) ** 2 for j in range(8)) / 8 / (change[k] if relative else 1) for k in range(3)) / 3
                     for a, b in zip(memory.flatten(0, -3), goal.flatten(0, -3))]
-        found, expected = squared_error(memory, goal, relative), torch.stack(expected).view(shape[:-2])
+        found, expected = squared_error(memory, goal, before if relative else None), torch.stack(expected).view(shape[:-2])
         torch.testing.assert_close(found, expected)
         for ours, theirs in zip(*(torch.autograd.grad((e * weight).sum(), [memory, goal]) for e in (found, expected))):
-            torch.testing.assert_close(ours, theirs)                              # none goes through the variance
+            torch.testing.assert_close(ours, theirs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

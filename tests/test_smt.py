@@ -142,12 +142,6 @@ def mean(values):
     return sum(values) / max(len(values), 1)
 
 
-def reference_variance(tokens):
-    """By how much one memory token (d,) of all the goals differs from its mean."""
-    middle = mean(tokens)
-    return mean([mean([(value - mid) ** 2 for value, mid in zip(token, middle)]) for token in tokens])
-
-
 def reference_uniformity(memory):
     """(n, d) -> log of the mean over all ordered pairs."""
     u = [m / m.square().sum().sqrt() for m in memory]
@@ -184,17 +178,18 @@ def reference_losses(networks, x, y, t, settings):
                 near.append(first(memory(i), i))
                 read.append(nll(readout(memory(i).detach()[None])[0], y[b, i]))
         for run in runs_of(t, T, settings.unroll).tolist():
-            state = memory(run[0] - 1).detach() if settings.detach else memory(run[0] - 1)
+            state = before = memory(run[0] - 1).detach() if settings.detach else memory(run[0] - 1)
             for i in run:
                 state = updater(state[None], x[b, i:i + 1])[0]
-                steps.append((state, memory(i).detach() if settings.detach else memory(i), x[b, i] != PAD))
+                steps.append((state, memory(i).detach() if settings.detach else memory(i), before, x[b, i] != PAD))
                 if y[b, i] != IGNORE:
                     own.append(first(state, i))
             hold += future(state, run[-1])
         if settings.lambda_trunk:
             trunk += [nll(decoder.predict(encoder.trunk(x[b:b + 1, :i + 1])[0, -1]), y[b, i]) for i in range(T) if y[b, i] != IGNORE]
-    scale = [reference_variance([goal[k] for _, goal, _ in steps]) if settings.relative else 1 for k in range(settings.memory_tokens)]
-    dyn = [mean([(a - b).square().mean() / size for a, b, size in zip(state, goal, scale)]) for state, goal, real in steps if real]
+    scale = [mean([(goal[k] - before[k]).square().mean() for _, goal, before, _ in steps]) if settings.relative else 1
+             for k in range(settings.memory_tokens)]
+    dyn = [mean([(a - b).square().mean() / size for a, b, size in zip(state, goal, scale)]) for state, goal, _, real in steps if real]
     groups = torch.stack(memories).view(len(x), len(t), settings.memory_tokens, -1).split(train_smt.UNIFORMITY_ROWS)
     terms = dict(trunk=mean(trunk), dec=mean(dec), near=mean(near), dyn=mean(dyn), own=mean(own), hold=mean(hold), read=mean(read),
                  unif=mean([reference_uniformity(group.flatten(0, 2)) for group in groups]))
@@ -292,6 +287,32 @@ def test_trunk_loss_trains_the_trunk_and_the_decoders_head(register_layers):
     torch.testing.assert_close(alone.detach(), value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("most", [1, 3, 99])
+def test_write_loss_is_that_of_the_transitions_that_change_the_memory_most_relative_to_their_change(monkeypatch, most):
+    monkeypatch.setattr(train_smt, "WRITES", most)
+    settings, (x, y, t) = config(**TRUNK), batch(TASK)
+    networks, n, T = networks_for(settings), min(most, 8), 8
+    encoder, updater, chosen = networks["encoder"], networks["updater"], []
+    m = [[encoder(row[None], torch.tensor([i]))[0, 0].detach() for i in range(-1, T)] for row in x]                 # m[b][i + 1]
+    usual = [mean([(m[b][i + 1][k] - m[b][i][k]).square().mean() for b in range(len(x)) for i in range(T)]) for k in range(2)]
+    for b, row in enumerate(x):
+        change = [sum((m[b][i + 1][k] - m[b][i][k]).square().mean() / usual[k] for k in range(2)) for i in range(T)]
+        order = sorted((i for i in range(T) if row[i] != PAD), key=lambda i: -change[i])
+        chosen += [(b, i) for i in order[:n]] + [(b, None)] * (n - len(order[:n]))
+    real = [(m[b][i], m[b][i + 1], x[b, i:i + 1]) for b, i in chosen if i is not None]
+    found = train_smt.write_loss(networks, x, encoder.trunk(x), settings)
+    if len(real) == len(chosen):
+        scale = [mean([(after[k] - before[k]).square().mean() for before, after, _ in real]) for k in range(2)]
+        errors = [mean([(updater(before[None], token)[0, k] - after[k]).square().mean() / scale[k] for k in range(2)])
+                  for before, after, token in real]
+        torch.testing.assert_close(found, mean(errors))
+    gradients = torch.autograd.grad(found, list(networks.parameters()), allow_unused=True)
+    names = [name for name, _ in networks.named_parameters()]
+    assert {name.split(".")[0] for name, gradient in zip(names, gradients) if gradient is not None} == {"updater"}
+    nothing = train_smt.write_loss(networks, torch.full_like(x, PAD), None, settings)
+    assert nothing == 0
+
+
 @pytest.mark.parametrize("some, options, trunk_alone, names", [
     (STORIES, WINDOW, False, ["dec"]), (TASK, CAUSAL | dict(positions=8, decode_every=3), False, ["dec"]), (STORIES, TRUNK, True, ["trunk"]),
     (TASK, TRUNK | dict(lambda_trunk=0.0), True, ["trunk"]), (TASK, TRUNK | dict(decode_every=2, conv_width=3), False, ["trunk", "dec"])],
@@ -375,7 +396,7 @@ def test_losses_and_gradients_are_sums_over_micro_batches(some, options):
 
 
 @pytest.mark.parametrize("options", [{}, dict(**CAUSAL, **EXTRA, positions=8, unroll=3)], ids=["sparse", "dense-3"])
-def test_relative_dynamics_are_relative_to_the_variance_in_the_micro_batch(options):
+def test_relative_dynamics_are_relative_to_the_changes_in_the_micro_batch(options):
     settings = config(**options, relative=True)
     networks = networks_for(settings)
     x, y, t = batch(TASK, 16, settings.positions)
