@@ -516,14 +516,15 @@ def adamw(networks, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)
 
 
-def learning_rate(step, config):
-    """Linear warm-up to config.lr, then constant, or a cosine down to a tenth of it at max_iters."""
+def learning_rate(step, config, decay_from=0):
+    """Linear warm-up to config.lr, then constant, or, from the step `decay_from` on, a cosine down to a tenth of it at max_iters."""
     warmup = max(1, round(config.warmup * config.max_iters))
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.lr_decay == "constant":
+    begin = max(warmup, decay_from)
+    if config.lr_decay == "constant" or step < begin:
         return config.lr
-    share = (step - warmup) / max(1, config.max_iters - warmup)
+    share = (step - begin) / max(1, config.max_iters - begin)
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 

@@ -314,7 +314,7 @@ def main():
             run.count(losses)
         if step < teacher_end:
             run.sum_gradients(networks)                     # DDP would wait for those of the other networks
-        lr = runtime.learning_rate(step, config)
+        lr = runtime.learning_rate(step, config, decay_from=teacher_end)
         grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
         flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, (step >= trunk_end) + (step >= teacher_end))
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)

@@ -177,6 +177,8 @@ def test_learning_rate_warms_up_then_decays_to_a_tenth_or_stays():
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx(1.1)
     assert {learning_rate(step, replace(config, lr_decay="constant")) for step in range(10, 100)} == {2.0}
     assert learning_rate(0, replace(config, warmup=0.0)) == 2.0
+    late = [learning_rate(step, config, decay_from=60) for step in range(101)]
+    assert late[:10] == rates[:10] and set(late[10:61]) == {2.0} and late[80] == pytest.approx(1.1) and late[100] == pytest.approx(0.2)
 
 
 def test_only_matrices_of_linear_layers_are_decayed():
@@ -201,10 +203,10 @@ def stop_after(monkeypatch, steps, number):
     """Send this process a signal in the middle of the given step."""
     chosen = runtime.learning_rate
 
-    def rate(step, config):
+    def rate(step, config, **more):
         if step == steps:
             signal.raise_signal(number)
-        return chosen(step, config)
+        return chosen(step, config, **more)
     monkeypatch.setattr(runtime, "learning_rate", rate)
 
 
