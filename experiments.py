@@ -76,7 +76,7 @@ PIXELS = "--context_len=784 --batch_size=8"
 MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --teacher_iters=200 --lambda_write=0 --positions=16 --decode_every=4 --unroll=1",
              dmt="--max_iters=150 --batch_size=8 --horizon=112 --label_stride=16 --unroll=4", bptt=PIXELS, transformer=PIXELS)
 
-SCALING = {"memory_tokens": (4, 1, 2, 8), "context_len": (220, 32, 64, 128), "d_model": (64, 32, 128)}    # the first: the base
+SCALING = {"memory_tokens": (8, 1, 2, 4), "context_len": (220, 32, 64, 128), "d_model": (64, 32, 128)}    # the first: the preset's
 
 
 def slug(text):
@@ -139,6 +139,7 @@ def compare(data, seeds, smt="", dmt="", bptt=None, transformer=None, equal=("se
 
 
 def tasks_runs(seeds, source):
+    """Each task and difficulty by SMT, DMT and BPTT, with BPTT's learning rate chosen among LEARNING_RATES."""
     return [run for data, flags in TASKS.items()
             for run in compare(data, seeds, **flags, equal=("seconds", "tokens"), rates=LEARNING_RATES)]
 
@@ -153,12 +154,14 @@ def dagger_runs(seeds, source):
 
 
 def updaters_runs(seeds, source):
+    """Each kind of updater by SMT, DMT and BPTT."""
     return [run for data, flags in UPDATERS.items() for kind in ("transformer", "mlp", "gru")
             for run in compare(data, seeds, f"{flags['smt']} --updater={kind}", flags["dmt"], f"{flags['bptt']} --updater={kind}",
                                case=f"{data}, {kind}")]
 
 
 def ablation_runs(seeds, source):
+    """The preset, then one change of SMT at a time with DMT as it is, then one change of DMT at a time after the preset's SMT."""
     runs = []
     for data, flags in ABLATION.items():
         for seed in seeds:
@@ -189,6 +192,7 @@ def encoders_runs(seeds, source):
 
 
 def length_runs(seeds, source):
+    """SMT, DMT and a Transformer that reads as many tokens; the lengths come from `look_at_length`."""
     return [run for data in LENGTHS
             for run in compare(data, seeds, TASKS[data]["smt"], TASKS[data]["dmt"], transformer="", equal=("tokens",))]
 
@@ -200,6 +204,7 @@ def text_runs(seeds, source):
 
 
 def pixels_runs(seeds, source):
+    """MNIST at a size for a CPU by all four methods."""
     return compare("mnist", seeds, **MNIST)
 
 

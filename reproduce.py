@@ -253,6 +253,7 @@ class Config:
 
 
 def seeds_of(name, config):
+    """SEED and those after it, as many as asked for."""
     return [SEED + i for i in range(config.seeds or EXPERIMENTS[name].seeds)]
 
 

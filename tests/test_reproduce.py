@@ -293,6 +293,12 @@ def test_effective_rank_counts_the_directions_in_which_memories_vary():
     assert experiments.effective_rank(torch.ones(5, 3, 4)) == 0
 
 
+def test_the_first_of_each_size_is_the_one_that_the_other_sizes_are_compared_at():
+    run, = (run for run in experiments.scaling_runs([1], "") if run.case == "fables, base" and run.stage == "smt")
+    settings = reproduce.resolve("smt", ("--preset=tiny", *run.flags.split()))
+    assert {size: values[0] for size, values in experiments.SCALING.items()} == {size: settings[size] for size in experiments.SCALING}
+
+
 def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     checkpoint = runtime.load(smt_run("retrieval"))
     run = Run("tiny", "SMT", 1, "tiny", "smt")
