@@ -415,6 +415,7 @@ def legend(picture, axis, columns=2):
 
 
 def draw_position(series, colours, meta):
+    """Loss by position."""
     picture, (axis,) = canvas(f"{meta['name']}: loss by position in the document")
     draw_lines(axis, series["lines"], colours, "position t of the target, tokens", "loss, nats per target")
     axis.set_ylim(bottom=0)
@@ -423,6 +424,7 @@ def draw_position(series, colours, meta):
 
 
 def draw_drift(series, colours, meta):
+    """Relative drift, on a log axis: 1 is no better than the mean memory."""
     picture, (axis,) = canvas(f"{meta['name']}: drift of the rolled-out memory")
     draw_lines(axis, series["lines"], colours, "position t, tokens", "squared error / variance of $m_t$", yscale="log")
     few_ticks(axis.yaxis)
@@ -434,6 +436,7 @@ def draw_drift(series, colours, meta):
 
 
 def draw_length(series, colours, meta):
+    """Accuracy or loss against length, with standard errors."""
     picture, (axis,) = canvas(f"{meta['name']}: 1, 2, 4, 8 times the trained length")
     ylabel = "accuracy" if series["what"] == "accuracy" else "loss in the last part, nats per target"
     draw_lines(axis, series["lines"], colours, "length, tokens; each line begins at the trained one", ylabel)
@@ -447,6 +450,7 @@ def draw_length(series, colours, meta):
 
 
 def draw_gradients(series, colours, meta):
+    """Norms against t, on a log axis."""
     picture, (axis,) = canvas(f"{meta['name']}: gradient with respect to the memory")
     draw_lines(axis, series["lines"], colours, "position t, tokens; the loss is at the last one", "norm of the gradient", yscale="log")
     legend(picture, axis)
@@ -454,6 +458,7 @@ def draw_gradients(series, colours, meta):
 
 
 def draw_memory(series, colours, meta):
+    """A panel for each run, points coloured by what should be held, paths as arrows."""
     from matplotlib import colormaps
     panels = series["panels"]
     lines = -(-len(panels) // 3)
@@ -482,6 +487,7 @@ def draw_memory(series, colours, meta):
 
 
 def draw_cost(series, colours, meta):
+    """Time and bytes against what was read before."""
     picture, axes = canvas(f"{meta['name']}: what a generated token costs", 2, width=9)
     for axis, (key, ylabel) in zip(axes, {"ms": "time per token, ms", "bytes": "state, bytes"}.items()):
         draw_lines(axis, series[key], colours, "tokens before it", ylabel, xscale="log", yscale="log")
@@ -491,6 +497,7 @@ def draw_cost(series, colours, meta):
 
 
 def draw_compute(series, colours, meta):
+    """Held-out loss against tokens, sequential FLOPs and seconds."""
     from matplotlib.ticker import EngFormatter
     labels = {"tokens": "tokens trained on", "sequential_flops": "sequential FLOPs", "seconds": "seconds of training"}
     picture, axes = canvas(f"{meta['name']}: held-out loss during training", 3, width=11)

@@ -269,8 +269,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. memory (B, K, d), x (B, Tf-1) -> logits (B, Tf, V).
 
-    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}. Without a memory it is the causal
-    Transformer that train_transformer.py trains: `read`.
+    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}. With a causal encoder the memory is
+    also added to each token (`recall`), which finds what it holds sooner than attention does. Without a memory it is the
+    causal Transformer that train_transformer.py trains: `read`.
     """
 
     def __init__(self, config, vocab_size):
