@@ -64,7 +64,7 @@ PRESETS = {
                   relative=True, lambda_own=1.0, lambda_hold=1.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
 }
-SYNTHETIC = dict(batch_size=64, max_iters=300, lr=3e-3, grow=0.0, label_stride=1, unroll=1, updates=1, lambda_dyn=10.0,
+SYNTHETIC = dict(batch_size=64, max_iters=300, eval_interval=100, lr=3e-3, grow=0.0, label_stride=1, unroll=1, updates=1, lambda_dyn=10.0,
                  relative=False, lambda_own=0.0, lambda_hold=0.0)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 

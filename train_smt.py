@@ -180,7 +180,7 @@ def smt_loss(networks, x, y, t, counts, config):
 
         L_dec   = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at one in decode_every positions
         L_near  = CE(D(m_t), y_t)                            its first target again, at every position (not in the paper)
-        L_dyn   = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories
+        L_dyn   = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories, unless config.detach
         L_own   = CE(D(f(m_{t-1}, x_t)), y_t)                what f must get right is what the decoder needs (not in the paper)
         L_hold  = L_dec from f(m_{t-1}, x_t) instead of m_t  and what it will need later (not in the paper)
         L_write = L_dyn at the WRITES transitions of a row that change the memory most: names are seldom written (not in the paper)
@@ -254,7 +254,10 @@ def step_flops(config, networks, vocab_size, T, phase=2):
         return 3 * config.batch_size * forward["trunk"], 3 * chain["encoder"] * layers // config.encoder_layers
     teacher = forward["encoder"] + decoded * forward["decoder"]
     held = R * forward["decoder"] if config.lambda_hold else 0
-    writes = forward_flops(config, vocab_size, T, T + 1)["encoder"] + 3 * min(WRITES, T) * forward["updater"] if config.lambda_write else 0
+    writes = 0
+    if config.lambda_write:             # all memories without gradients; the trunk is known
+        registers = forward_flops(config, vocab_size, T, T + 1)["encoder"] - forward_flops(config, vocab_size, T, 0)["encoder"]
+        writes = registers + 3 * min(WRITES, T) * forward["updater"]
     if phase == 1:
         return 3 * config.batch_size * teacher, 3 * (chain["encoder"] + chain["decoder"])
     return (config.batch_size * (writes + 3 * (teacher + held + firsts * forward["first"] + updated * forward["updater"]

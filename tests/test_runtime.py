@@ -33,6 +33,7 @@ SCRIPTS = pytest.mark.parametrize("script", [*TRAIN.values(), sample, data, eval
 TIMED = ("seconds", "tokens_per_second")
 ALL_OF_SMT = ("--encoder=causal --encoder_layers=2 --conv_width=3 --positions=8 --unroll=2 --trunk_iters={} --teacher_iters={} "
               "--lambda_near=1 --lambda_own=1 --lambda_hold=1 --lambda_trunk=1").format
+WRITE = ["--lambda_write=1", "--relative"]                      # relative to the rows of a process or micro-batch
 ALL_OF_DMT = "--updates=2 --unroll=2 --label_stride=2 --grow=0.5 --lambda_own=1 --lambda_hold=1".split()
 
 
@@ -212,7 +213,7 @@ def stop_after(monkeypatch, steps, number):
 
 @pytest.mark.parametrize("stage, dataset, more", [
     ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]),
-    *(("smt", "fables", ALL_OF_SMT(*some).split()) for some in ((1, 1), (1, 2), (3, 1))),       # a stop after, at the end of, between the phases
+    *(("smt", "fables", [*ALL_OF_SMT(*some).split(), *WRITE]) for some in ((1, 1), (1, 2), (3, 1))),       # a stop after, at the end of, between the phases
     ("bptt", "fables", []), ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []),
     ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", [*ALL_OF_DMT, "--p_start=0"])])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -450,7 +451,8 @@ def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
 
 
 def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log_line_averages_two(tmp_path, monkeypatch, data_dir, smt_run):
-    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4, 4).split(), "--log_interval=2", "--eval_interval=2", "--max_iters=12"]
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4, 4).split(), *WRITE, "--log_interval=2", "--eval_interval=2",
+                 "--max_iters=12"]
     stopped, tries = [], (2, 4, 6, 8)
     for step in tries:
         with monkeypatch.context() as patch:
@@ -467,7 +469,7 @@ def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log
     lines = [line for line in metrics(tmp_path) if "train_loss" in line]
     terms = [{name.removeprefix("loss_") for name in line if name.startswith("loss_")} for line in lines]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
-    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec"}] * 2 + [{"trunk", "dec", "near", "own", "hold", "dyn", "unif", "read"}] * 2
+    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec"}] * 2 + [{"trunk", "dec", "near", "own", "hold", "dyn", "write", "unif", "read"}] * 2
     assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
 
 

@@ -311,6 +311,11 @@ def test_write_loss_is_that_of_the_transitions_that_change_the_memory_most_relat
     assert {name.split(".")[0] for name, gradient in zip(names, gradients) if gradient is not None} == {"updater"}
     nothing = train_smt.write_loss(networks, torch.full_like(x, PAD), None, settings)
     assert nothing == 0
+    settings = replace(settings, lambda_write=0.3)
+    loss, terms = smt_loss(networks, x, y, t, count_terms(x, y, t, settings, PAD), settings)
+    torch.testing.assert_close(terms["loss_write"], found)
+    weighed = [getattr(settings, name.replace("loss", "lambda")) * value for name, value in terms.items() if name != "train_loss"]
+    torch.testing.assert_close(loss, sum(weighed))
 
 
 @pytest.mark.parametrize("some, options, trunk_alone, names", [
