@@ -323,8 +323,8 @@ class Decoder(nn.Module):
 class Updater(nn.Module):
     """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
 
-    transformer: bidirectional over [memory, token], and a gate that says how much of each memory token to replace; mlp: a
-    residual MLP on both, flattened; gru: a GRU cell whose state is the flattened memory.
+    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened; of both a gate says how much of each
+    memory token to replace. gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):
@@ -334,30 +334,29 @@ class Updater(nn.Module):
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
             self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)   # begins as the identity
-            self.gate = nn.Linear(d, 1)
-            nn.init.constant_(self.gate.bias, -1.0)     # mostly closed: what is held for long must hardly change in a step
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 2 * size), nn.GELU(),
                                                       nn.Linear(2 * size, size)) for _ in range(config.updater_layers))
             for layer in self.layers:
-                nn.init.zeros_(layer[-1].weight)
+                nn.init.zeros_(layer[-1].weight)        # so does this
         else:
             self.cell = nn.GRUCell(d, size)
+        if self.kind != "gru":
+            self.gate = nn.Linear(d, 1)
+            nn.init.constant_(self.gate.bias, -1.0)     # mostly closed: what is held for long must hardly change in a step
 
     def forward(self, memory, x):
         token = self.embed(x)
+        if self.kind == "gru":
+            return normalise(self.cell(token, memory.flatten(1)).view_as(memory))
         if self.kind == "transformer":
             h = self.transformer(torch.cat([memory, token[:, None]], dim=1), attend_to_all, slice(memory.shape[1]))
-            h = memory + self.gate(h).sigmoid() * (h - memory)
         else:
             h = memory.flatten(1)
-            if self.kind == "gru":
-                h = self.cell(token, h)
-            else:
-                for layer in self.layers:
-                    h = h + layer(torch.cat([h, token], dim=1))
+            for layer in self.layers:
+                h = h + layer(torch.cat([h, token], dim=1))
             h = h.view_as(memory)
-        return normalise(h)
+        return normalise(memory + self.gate(h).sigmoid() * (h - memory))
 
 
 class Readout(nn.Module):
@@ -401,8 +400,16 @@ NETWORKS = {"encoder": Encoder, "decoder": Decoder, "updater": Updater, "readout
 
 
 def build(config, vocab_size, names=tuple(NETWORKS)):
-    """The named networks of a ModelConfig (or of a stage's config that extends it) as one nn.ModuleDict."""
-    return nn.ModuleDict({name: NETWORKS[name](config, vocab_size) for name in names})
+    """The named networks of a ModelConfig (or of a stage's config that extends it) as one nn.ModuleDict.
+
+    After the same torch.manual_seed a network begins with the same weights whichever others are asked for: the stages compare.
+    """
+    networks, seed = nn.ModuleDict(), torch.initial_seed()
+    for i, (name, network) in enumerate(NETWORKS.items()):
+        if name in names:
+            torch.manual_seed(seed + i)
+            networks[name] = network(config, vocab_size)
+    return networks
 
 
 def restore(checkpoint, device="cpu"):
@@ -457,7 +464,7 @@ def forward_flops(config, vocab_size, T, S):
                         + (2 * K * d * d if config.encoder == "causal" else 0)),
             "first": stack(config.decoder_layers, K, K, 1) + last,
             "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K) + 2 * K * d,
-                        "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d),
+                        "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d) + 2 * K * d,
                         "gru": 6 * K * d * (K * d + d)}[config.updater],
             "readout": stack(config.readout_layers, K, K, 1) + last}
 

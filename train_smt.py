@@ -64,8 +64,8 @@ class Config(ModelConfig, RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(encoder="causal", d_model=64, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=2, updater_layers=2,
-                 readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4, unroll=16, p_start=0.9,
+    "tiny": dict(encoder="causal", updater="mlp", d_model=64, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=2,
+                 updater_layers=1, readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4, unroll=16, p_start=0.9,
                  trunk_iters=1000, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
                  relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=4, max_iters=2700, lr=3e-3,
                  eval_interval=500, log_interval=50),

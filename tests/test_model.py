@@ -256,8 +256,6 @@ def test_updater_equals_a_plain_reference(kind):
         token, state = updater.embed.weight[x[row]], memory[row].flatten()
         if kind == "transformer":
             h = reference_transformer(updater.transformer, torch.cat([memory[row], token[None]]), range(4), [[0, 1, 2, 3]] * 4)[:3]
-            opened = [torch.sigmoid(updater.gate.weight[0] @ one + updater.gate.bias[0]) for one in h]
-            h = torch.stack([(1 - o) * old + o * new for o, old, new in zip(opened, memory[row], h)])
         elif kind == "mlp":
             for norm, up, _, down in updater.layers:
                 both = up.weight @ rms_norm(torch.cat([state, token]), norm.weight) + up.bias
@@ -269,6 +267,9 @@ def test_updater_equals_a_plain_reference(kind):
             hr, hz, hn = (cell.weight_hh @ state + cell.bias_hh).chunk(3)
             z, n = torch.sigmoid(z + hz), torch.tanh(n + torch.sigmoid(r + hr) * hn)
             h = ((1 - z) * n + z * state).view(3, 8)
+        if kind != "gru":
+            opened = [torch.sigmoid(updater.gate.weight[0] @ one + updater.gate.bias[0]) for one in h]
+            h = torch.stack([(1 - o) * old + o * new for o, old, new in zip(opened, memory[row], h)])
         torch.testing.assert_close(updater(memory, x)[row], rms_norm(h), rtol=0, atol=1e-5)
 
 
@@ -600,3 +601,14 @@ def test_flops_include_the_causal_encoders_last_register_and_the_decoders_recall
     assert found == {"recall": 2 * 3 * 32 * 32, "now": 5 * 2 * 32 * 32}
     ours, without = (forward_flops(sizes, V, 20, 5)["decoder"] for sizes in (causal, dataclasses.replace(causal, encoder="window")))
     assert ours - without == found["recall"]
+
+
+def test_a_network_begins_with_the_same_weights_in_every_stage():
+    torch.manual_seed(5)
+    everything = build(config(), V)
+    torch.manual_seed(5)
+    for name, network in build(config(), V, ("updater", "readout")).items():
+        for (key, ours), theirs in zip(network.state_dict().items(), everything[name].state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs), (name, key)
+    torch.manual_seed(6)
+    assert not torch.equal(build(config(), V, ("updater",))["updater"].embed.weight, everything["updater"].embed.weight)
