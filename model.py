@@ -360,7 +360,7 @@ class Updater(nn.Module):
 
 
 class Readout(nn.Module):
-    """g_theta, the RNN's output: a bidirectional Transformer over the memory. (B, K, d) -> logits (B, V), from the last token."""
+    """g_theta, the RNN's output: a causal Transformer over the memory, built like the decoder. (B, K, d) -> logits (B, V), at the last token."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -368,7 +368,14 @@ class Readout(nn.Module):
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, memory):
-        return self.head(self.norm(self.transformer(memory, attend_to_all, slice(-1, None))[:, -1]))
+        return self.head(self.norm(self.transformer(memory, attend_to_past, slice(-1, None))[:, -1]))
+
+    def start_from(self, decoder):
+        """Take over the decoder's layers and head: with as many layers it begins by predicting as the decoder does from the memory alone."""
+        for block, theirs in zip(self.transformer.blocks, decoder.transformer.blocks):
+            block.load_state_dict(theirs.state_dict())
+        self.norm.load_state_dict(decoder.norm.state_dict())
+        self.head.load_state_dict(decoder.head.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,14 +65,14 @@ class Config(ModelConfig, RunConfig):
 
 PRESETS = {
     "tiny": dict(encoder="causal", updater="mlp", d_model=64, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=2,
-                 updater_layers=1, readout_layers=1, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4, unroll=16, p_start=0.9,
-                 trunk_iters=1000, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
-                 relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=4, max_iters=2700, lr=3e-3,
-                 eval_interval=500, log_interval=50),
+                 updater_layers=1, readout_layers=2, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4,
+                 unroll=16, p_start=0.9, trunk_iters=1000, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0,
+                 lambda_trunk=1.0, lambda_dyn=0.5, relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=4,
+                 max_iters=2400, lr=3e-3, eval_interval=500, log_interval=50),
     "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=1500, teacher_iters=500, max_iters=3500),
     "tiny/text": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5),
-    "small": dict(encoder="causal", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=3, updater_layers=4,
-                  readout_layers=2, conv_width=8, context_len=256, future_len=64, positions=64, decode_every=4, unroll=16,
+    "small": dict(encoder="causal", updater="mlp", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=3,
+                  updater_layers=1, readout_layers=3, conv_width=8, context_len=256, future_len=64, positions=64, decode_every=4, unroll=16,
                   trunk_iters=2000, teacher_iters=2000, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
                   relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=32, max_iters=20_000, lr=1e-3,
                   eval_interval=1000, log_interval=50),
@@ -300,6 +300,8 @@ def main():
         trunk_end, teacher_end = phases(config)
         if step == trunk_end > 0:
             networks["decoder"].start_from(networks["encoder"])
+        if step == teacher_end > 0:
+            networks["readout"].start_from(networks["decoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions, config.p_start,
                                         run.rank, run.world_size)
         t = t.to(run.device)

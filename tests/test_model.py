@@ -212,7 +212,7 @@ def test_decoder_and_readout_equal_a_plain_reference(encoder, conv_width):
         h = reference_transformer(decoder.transformer, h, range(6), [list(range(i + 1)) for i in range(6)])
         logits = rms_norm(h[2:], decoder.norm.weight) @ decoder.head.weight.T
         torch.testing.assert_close(decoder(memory, x)[row], logits, rtol=0, atol=1e-5)
-        h = reference_transformer(readout.transformer, memory[row], range(3), [[0, 1, 2]] * 3)
+        h = reference_transformer(readout.transformer, memory[row], range(3), [[0], [0, 1], [0, 1, 2]])
         logits = readout.head.weight @ rms_norm(h[-1], readout.norm.weight)
         torch.testing.assert_close(readout(memory)[row], logits, rtol=0, atol=1e-5)
 
