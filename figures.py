@@ -303,7 +303,7 @@ def cost(trained, vocab_size, seed):
     """Milliseconds and bytes of state per generated token after so many POSITIONS of random tokens.
 
     The RNN reads them one by one. The Transformer attends to all of them: its window is as long as the position. Where no
-    checkpoint is one, it has random weights and the size that train_transformer.py gives it beside the first RNN.
+    checkpoint is one, it has random weights, and the width and the layers of the first RNN and its readout.
     """
     groups, device = rnn_groups(trained), trained[0].initial_memory.device
     x = torch.randint(vocab_size, (1, POSITIONS[-1]), generator=torch.Generator().manual_seed(seed % 2**63)).to(device)
@@ -318,7 +318,7 @@ def cost(trained, vocab_size, seed):
     if not transformers:
         size = groups[0][0].config
         size = dataclasses.replace(size, decoder_layers=size.updater_layers + size.readout_layers, conv_width=1)
-        transformers = [(("Transformer of the same size, random weights",), size, None)]
+        transformers = [(("Transformer of as many layers, random weights",), size, None)]
     for key, size, weights in transformers:
         for n in POSITIONS:
             with torch.random.fork_rng([]):

@@ -45,6 +45,7 @@ PRESETS = {
 }
 SYNTHETIC = dict(memory_tokens=4, batch_size=64, max_iters=1000, lr=1e-3)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
+PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(memory_tokens=8)
 
 
 def unroll(updater, memory, x, truncate=0):

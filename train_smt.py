@@ -80,10 +80,10 @@ PRESETS = {
                   readout_layers=4, context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
                   lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
-SYNTHETIC = dict(register_layers=3, conv_width=1, memory_tokens=2, updater_layers=1, future_len=32, positions=4, decode_every=1, unroll=1,
-                 trunk_iters=0, teacher_iters=0, lambda_near=0.0, lambda_own=0.0, lambda_hold=0.0, lambda_trunk=0.0, lambda_dyn=0.1,
-                 relative=False, lambda_write=0.0, detach=False, lambda_unif=0.001, batch_size=64, max_iters=400, lr=2e-3, eval_interval=100)
+SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unroll=4, trunk_iters=200, teacher_iters=600, lambda_near=0.0,
+                 lambda_write=0.0, batch_size=16, max_iters=1100, lr=2e-3, eval_interval=200)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
+PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(memory_tokens=8, teacher_iters=800, max_iters=1400)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,19 +44,20 @@ def model_config(config):
     return ModelConfig(d_model=config.d_model, n_heads=config.n_heads, decoder_layers=config.decoder_layers, context_len=config.context_len)
 
 
-# As many layers as the updater and the readout of the same preset have together, and so as many parameters as the RNN.
+# As many parameters as the updater and the readout of the same preset have together.
 PRESETS = {
-    "tiny": dict(d_model=64, n_heads=4, decoder_layers=3, context_len=220, p_start=0.9,
-                 batch_size=8, max_iters=8000, lr=3e-3, eval_interval=1600, log_interval=50),
+    "tiny": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=220, p_start=0.9,
+                 batch_size=8, max_iters=3000, lr=3e-3, eval_interval=600, log_interval=50),
     "tiny/tinystories": dict(context_len=128, seq_len=256, p_start=0.5),
     "tiny/text": dict(context_len=128, seq_len=256, p_start=0.5),
-    "small": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=256,
+    "small": dict(d_model=256, n_heads=4, decoder_layers=6, context_len=256,
                   batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, decoder_layers=12, context_len=256,
                   batch_size=128, max_iters=150_000, lr=3e-4, lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
 SYNTHETIC = dict(decoder_layers=2, batch_size=64, max_iters=1000, lr=1e-3, eval_interval=250)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
+PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(decoder_layers=6)
 
 
 def transformer_loss(networks, x, y, count):

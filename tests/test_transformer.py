@@ -177,7 +177,7 @@ def test_presets_are_as_large_as_the_rnn_and_see_the_same_rows(preset):
     transformer, updater, readout = (sum(p.numel() for p in network.parameters()) for network in
                                      [*build(train_transformer.model_config(ours), 128, ("decoder",)).values(),
                                       *build(rnn, 128, ("updater", "readout")).values()])
-    assert transformer == pytest.approx(updater + readout, rel=0.05)
+    assert transformer == pytest.approx(updater + readout, rel=0.1)
     assert (ours.context_len, ours.seq_len, ours.p_start) == (rnn.context_len, rnn.seq_len, rnn.p_start)
 
 
