@@ -248,6 +248,19 @@ def test_decoder_takes_over_embedding_and_common_layers_of_the_trunk_and_nothing
     assert all(torch.equal(weight, theirs[name]) for name, weight in encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("decoder_layers, readout_layers", [(2, 2), (1, 2), (2, 1)])
+def test_readout_begins_as_the_decoder(decoder_layers, readout_layers):
+    sizes = config(decoder_layers=decoder_layers, readout_layers=readout_layers)
+    decoder, readout = randomise(Decoder(sizes, V)), randomise(Readout(sizes, V), 1)
+    before, memory = {name: weight.clone() for name, weight in readout.state_dict().items()}, memories(2)
+    readout.start_from(decoder)
+    taken = ("norm.", "head.", *(f"transformer.blocks.{i}." for i in range(min(decoder_layers, readout_layers))))
+    for name, weight in readout.state_dict().items():
+        assert torch.equal(weight, (decoder.state_dict() if name.startswith(taken) else before)[name]), name
+    same = torch.allclose(readout(memory), decoder(memory, torch.empty(2, 0, dtype=torch.long))[:, 0], atol=1e-6)
+    assert same == (decoder_layers == readout_layers)
+
+
 @UPDATERS
 def test_updater_equals_a_plain_reference(kind):
     updater = randomise(Updater(config(updater=kind), V))

@@ -473,11 +473,13 @@ def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log
     assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
 
 
-def test_the_decoder_goes_on_from_the_trunk(tmp_path, data_dir, smt_run):
+def test_the_decoder_goes_on_from_the_trunk_and_the_readout_from_the_decoder(tmp_path, data_dir, smt_run):
     trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 1).split(), "--max_iters=3", "--lr=1e-9")
     weights = checkpoint(tmp_path)
     for name in ("embed.embed.weight", "embed.mix.weight", "transformer.blocks.0.qkv.weight", "transformer.blocks.0.down.weight"):
         torch.testing.assert_close(weights[f".model.encoder.{name}"], weights[f".model.decoder.{name}"], rtol=0, atol=1e-6)
+    for name in ("transformer.blocks.0.qkv.weight", "transformer.blocks.0.down.weight", "norm.weight", "head.weight"):
+        torch.testing.assert_close(weights[f".model.decoder.{name}"], weights[f".model.readout.{name}"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("trunk_iters, teacher_iters, max_iters, log_interval, ends", [
