@@ -36,7 +36,7 @@ DATA = {                        # {name here: (data set, its options, flags of a
     "fables": ("fables", {}, ""), "tinystories": ("tinystories", {}, ""), "mnist": ("mnist", {}, "--eval_docs=32 --eval_len=784")}
 
 TASKS = {name: dict(smt="", dmt="", bptt="") for name in (
-    "retrieval 64", "copy 6", "keyvalue 1", "stack 32", "modular 5", "retrieval 128", "copy 10", "keyvalue 2", "stack 64", "modular 7")}
+    "copy 6", "keyvalue 1", "stack 32", "retrieval 64", "modular 5", "retrieval 128", "copy 10", "keyvalue 2", "stack 64", "modular 7")}
 TASKS["retrieval 64"]["smt"], TASKS["retrieval 128"]["smt"] = "--future_len=64", "--future_len=128"
 LEARNING_RATES = (1e-3, 3e-3)                       # of BPTT; the best one at the first seed, by held-out loss, serves the other seeds
 FABLES = dict(smt="--max_iters=1500", dmt="--max_iters=150", bptt="")    # where there are many runs of them
