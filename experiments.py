@@ -39,15 +39,15 @@ TASKS = {name: dict(smt="", dmt="", bptt="") for name in ("copy 6", "keyvalue 1"
 HARDER = {name: dict(smt="", dmt="", bptt="") for name in ("copy 10", "keyvalue 2", "stack 64", "retrieval 128", "modular 7")}
 TASKS["retrieval 64"]["smt"], HARDER["retrieval 128"]["smt"] = "--future_len=64", "--future_len=128"
 LEARNING_RATES = (1e-3, 3e-3)                       # of BPTT; the best one at the first seed, by held-out loss, serves the other seeds
-FABLES = dict(smt="--max_iters=1500", dmt="--max_iters=150", bptt="")    # where there are many runs of them
+FABLES = dict(smt="--max_iters=1500 --trunk_iters=550 --teacher_iters=450", dmt="--max_iters=150", bptt="")    # where there are many runs of them
 
 UPDATERS = {"copy 6": TASKS["copy 6"], "stack 32": TASKS["stack 32"], "fables": FABLES}
 
 ABLATION = {                                        # one factor at a time: a line of flags, of SMT or, after SMT as it is, of DMT
     "keyvalue 1": dict(TASKS["keyvalue 1"], change_smt=[
         "--lambda_dyn=0.05", "--lambda_dyn=5", "--lambda_unif=0", "--lambda_unif=0.1", "--detach=false", "--relative=false", "--lambda_hold=0",
-        "--trunk_iters=0 --teacher_iters=0", "--future_len=1", "--future_len=4", "--positions=4", "--memory_tokens=4", "--unroll=1",
-        "--updater=transformer --updater_layers=2"],
+        "--trunk_iters=0 --teacher_iters=0", "--future_len=1", "--future_len=4", "--positions=4", "--memory_tokens=4",
+        "--unroll=1", "--updater=transformer --updater_layers=2"],
         change_dmt=["--unroll=1", "--lambda_hold=0", "--relative=false", "--grow=0"]),
     "fables": dict(FABLES, change_smt=["--detach=false", "--relative=false", "--lambda_write=0", "--lambda_hold=0", "--teacher_iters=0",
                                        "--p_start=0.5", "--unroll=1", "--updater=transformer --updater_layers=2"],
@@ -59,7 +59,7 @@ ENCODERS = {                                        # the first is the reference
     "causal, 16 positions": "--encoder=causal --positions=16 --decode_every=4",
     "window, 1 position": "--encoder=window --positions=1 --decode_every=1",
     "window, 4 positions": "--encoder=window --positions=4 --decode_every=4"}
-PLAIN = "--unroll=1 --trunk_iters=0 --lambda_trunk=0"       # what the window encoder can do, too
+PLAIN = "--unroll=1 --trunk_iters=0 --lambda_trunk=0 --teacher_iters=2000"     # as the window encoder can, two thirds of each run alone
 SPARSE = "--unroll=1 --label_stride=8"              # the same labels for all encoders: dense ones would take the window's an hour
 ENCODED = {"retrieval 64": dict(smt=f"{PLAIN} --future_len=64 --context_len=64", dmt=SPARSE),
            "stack 32": dict(smt=f"{PLAIN} --context_len=32", dmt=SPARSE),
@@ -69,7 +69,7 @@ ENCODED = {"retrieval 64": dict(smt=f"{PLAIN} --future_len=64 --context_len=64",
 LENGTHS, MULTIPLES = {name: dict(smt="", dmt="") for name in ("retrieval 32", "stack 32")}, (1, 2, 4, 8)
 
 TEXT = {"fables": dict(smt="", dmt="", bptt="", transformer=""),
-        "tinystories": dict(smt="--max_iters=2500 --trunk_iters=1000", dmt="", bptt="--seq_len=256 --p_start=0.5", transformer="")}
+        "tinystories": dict(smt="--max_iters=2500 --trunk_iters=1000 --teacher_iters=600", dmt="", bptt="", transformer="")}
 
 PIXELS = "--context_len=784 --batch_size=8"
 MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --teacher_iters=200 --lambda_write=0 --positions=16 --decode_every=4 --unroll=1",
@@ -138,9 +138,10 @@ def compare(data, seeds, smt="", dmt="", bptt=None, transformer=None, equal=("se
 
 
 def tasks_runs(seeds, source, which=TASKS):
-    """Each task by SMT, DMT and BPTT, with BPTT's learning rate chosen among LEARNING_RATES."""
-    return [run for data, flags in which.items()
+    """Each task by SMT, DMT and BPTT, with BPTT's learning rate chosen among LEARNING_RATES; all tasks at one seed, then at the next."""
+    runs = [run for data, flags in which.items()
             for run in compare(data, seeds, **flags, equal=("seconds", "tokens"), rates=LEARNING_RATES)]
+    return sorted(runs, key=lambda run: run.seed)
 
 
 def dagger_runs(seeds, source):
@@ -148,14 +149,16 @@ def dagger_runs(seeds, source):
     runs, flags = [], TASKS["keyvalue 1"]
     for seed in seeds:
         first, second = compare("keyvalue 1", [seed], flags["smt"], flags["dmt"])
-        runs += [first, second, replace(first, method="SMT+SMT", after=first, equal="seconds", to=(second,), probe=first)]
+        probe = replace(first, method="probe", after=first, flags=f"{first.flags} {PROBE}")
+        runs += [first, second, probe, replace(first, method="SMT+SMT", after=first, equal="seconds", to=(second,), probe=probe)]
     return runs
 
 
 def updaters_runs(seeds, source):
     """Each kind of updater by SMT, DMT and BPTT."""
-    return [run for data, flags in UPDATERS.items() for kind in ("transformer", "mlp", "gru")
-            for run in compare(data, seeds, f"{flags['smt']} --updater={kind}", flags["dmt"], f"{flags['bptt']} --updater={kind}",
+    kinds = {"mlp": "--updater=mlp", "transformer": "--updater=transformer --updater_layers=2", "gru": "--updater=gru"}
+    return [run for data, flags in UPDATERS.items() for kind, change in kinds.items()
+            for run in compare(data, seeds, f"{flags['smt']} {change}", flags["dmt"], f"{flags['bptt']} {change}",
                                case=f"{data}, {kind}")]
 
 

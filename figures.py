@@ -191,7 +191,7 @@ def gradients(trained, x, y, seed):
     """Norms of gradients with respect to the memory, against t, the mean over documents that have their last target at the same place.
 
     through time: of the loss at that target, through all steps of the RNN between (at most GRADIENT_STEPS): what BPTT learns from.
-    at initialisation: the same with fresh weights; the Transformer updater begins as the identity, so that little is lost.
+    at initialisation: the same with fresh weights; but for the GRU the updater begins as the identity, so that little is lost.
     one step: SMT's, of the squared error at t alone with respect to the m_{t-1} it starts from. Another loss: compare slopes only.
     """
     asked = (y != IGNORE).any(1)

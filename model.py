@@ -323,8 +323,8 @@ class Decoder(nn.Module):
 class Updater(nn.Module):
     """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
 
-    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened; of both a gate says how much of each
-    memory token to replace. gru: a GRU cell whose state is the flattened memory.
+    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened; in either, a gate says how much of
+    each memory token to replace. gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):
@@ -338,7 +338,8 @@ class Updater(nn.Module):
             self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 2 * size), nn.GELU(),
                                                       nn.Linear(2 * size, size)) for _ in range(config.updater_layers))
             for layer in self.layers:
-                nn.init.zeros_(layer[-1].weight)        # so does this
+                nn.init.zeros_(layer[-1].weight)        # begins as the identity
+                nn.init.zeros_(layer[-1].bias)
         else:
             self.cell = nn.GRUCell(d, size)
         if self.kind != "gru":
@@ -360,7 +361,7 @@ class Updater(nn.Module):
 
 
 class Readout(nn.Module):
-    """g_theta, the RNN's output: a causal Transformer over the memory, built like the decoder. (B, K, d) -> logits (B, V), at the last token."""
+    """g_theta, the RNN's output: a causal Transformer over the memory, like the decoder. (B, K, d) -> logits (B, V), at the last token."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -371,7 +372,7 @@ class Readout(nn.Module):
         return self.head(self.norm(self.transformer(memory, attend_to_past, slice(-1, None))[:, -1]))
 
     def start_from(self, decoder):
-        """Take over the decoder's layers and head: with as many layers it begins by predicting as the decoder does from the memory alone."""
+        """Take over the decoder's layers and head: with as many layers it then predicts what the decoder does from the memory alone."""
         for block, theirs in zip(self.transformer.blocks, decoder.transformer.blocks):
             block.load_state_dict(theirs.state_dict())
         self.norm.load_state_dict(decoder.norm.state_dict())
@@ -409,12 +410,12 @@ NETWORKS = {"encoder": Encoder, "decoder": Decoder, "updater": Updater, "readout
 def build(config, vocab_size, names=tuple(NETWORKS)):
     """The named networks of a ModelConfig (or of a stage's config that extends it) as one nn.ModuleDict.
 
-    After the same torch.manual_seed a network begins with the same weights whichever others are asked for: the stages compare.
+    Right after a torch.manual_seed a network gets weights of its own, whichever others are asked for: so the stages compare.
     """
     networks, seed = nn.ModuleDict(), torch.initial_seed()
     for i, (name, network) in enumerate(NETWORKS.items()):
         if name in names:
-            torch.manual_seed(seed + i)
+            torch.manual_seed((len(NETWORKS) * seed + i) % 2**63)       # no two seeds share one
             networks[name] = network(config, vocab_size)
     return networks
 

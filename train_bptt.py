@@ -38,6 +38,7 @@ class Config(ModelConfig, RunConfig):
 PRESETS = {
     "tiny": dict(updater="mlp", d_model=64, n_heads=4, memory_tokens=8, updater_layers=1, readout_layers=2, context_len=220,
                  p_start=0.9, batch_size=16, max_iters=400, lr=2e-3, eval_interval=100),
+    **{f"tiny/{name}": dict(context_len=128, seq_len=256, p_start=0.5) for name in ("tinystories", "text")},
     "small": dict(updater="mlp", d_model=128, n_heads=4, memory_tokens=8, updater_layers=1, readout_layers=3, context_len=256,
                   batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, readout_layers=4, context_len=256,

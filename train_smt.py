@@ -34,7 +34,7 @@ class Config(ModelConfig, RunConfig):
     decode_every: int = 1           # a long future is decoded at one in so many of these positions
     unroll: int = 1                 # steps of the transition in a row between two memories of the encoder; S transitions in all
     trunk_iters: int = 0            # first iterations, which train the causal encoder's trunk alone, as a language model
-    teacher_iters: int = 0          # iterations after these, which train encoder and decoder alone; both are 2/3 of a short run at most
+    teacher_iters: int = 0          # those after, encoder and decoder alone; both are 2/3 of a short run at most, none with --init_from
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
     lambda_near: float = 0.0        # extra weight of the decoder's first target, which it predicts from the memory alone
@@ -66,11 +66,11 @@ class Config(ModelConfig, RunConfig):
 PRESETS = {
     "tiny": dict(encoder="causal", updater="mlp", d_model=64, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=2,
                  updater_layers=1, readout_layers=2, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4,
-                 unroll=16, p_start=0.9, trunk_iters=1000, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0,
+                 unroll=16, p_start=0.9, trunk_iters=900, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0,
                  lambda_trunk=1.0, lambda_dyn=0.5, relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=4,
                  max_iters=2400, lr=3e-3, eval_interval=500, log_interval=50),
-    "tiny/tinystories": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=1500, teacher_iters=1000, max_iters=4800),
-    "tiny/text": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=1500, teacher_iters=1000, max_iters=4800),
+    **{f"tiny/{name}": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=1500, teacher_iters=1000,
+                            max_iters=4800) for name in ("tinystories", "text")},
     "small": dict(encoder="causal", updater="mlp", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=3,
                   updater_layers=1, readout_layers=3, conv_width=8, context_len=256, future_len=64, positions=64, decode_every=4, unroll=16,
                   trunk_iters=2000, teacher_iters=2000, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
@@ -80,10 +80,10 @@ PRESETS = {
                   readout_layers=4, context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
                   lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
-SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unroll=4, trunk_iters=200, teacher_iters=600, lambda_near=0.0,
+SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unroll=4, trunk_iters=150, teacher_iters=550, lambda_near=0.0,
                  lambda_write=0.0, batch_size=16, max_iters=1100, lr=2e-3, eval_interval=200)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
-PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(memory_tokens=8, teacher_iters=800, max_iters=1400)
+PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(memory_tokens=8, teacher_iters=750, max_iters=1400)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,8 +139,11 @@ def decoder_loss(networks, memories, x, y, t, count, future_len):
 
 
 def phases(config):
-    """At which steps the trunk has been trained alone, and then encoder and decoder: in whole log lines, so that none averages two."""
-    first, both = config.trunk_iters, config.trunk_iters + config.teacher_iters
+    """At which steps the trunk has been trained alone, and then encoder and decoder: in whole log lines, so that none averages two.
+
+    A run that goes on from trained networks (--init_from) has no such phases.
+    """
+    first, both = (0, 0) if config.init_from else (config.trunk_iters, config.trunk_iters + config.teacher_iters)
     most = min(both, 2 * config.max_iters // 3)
     return [end * most // max(1, both) // config.log_interval * config.log_interval for end in (first, both)]
 

@@ -1,5 +1,6 @@
 """Command line, checkpoints, resuming, processes: what a user does to every script, and what it must answer."""
 import importlib
+import dataclasses
 import json
 import os
 import pickle
@@ -489,6 +490,15 @@ def test_the_first_phases_fit_into_short_runs_and_end_with_a_log_line(trunk_iter
     config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, teacher_iters=teacher_iters, max_iters=max_iters,
                               log_interval=log_interval)
     assert train_smt.phases(config) == ends
+    assert train_smt.phases(dataclasses.replace(config, init_from="runs/fables-smt")) == [0, 0]         # has learned already
+
+
+@pytest.mark.parametrize("arguments", ["", "--preset=small", "--dataset=copy", "--dataset=keyvalue", "--dataset=tinystories --preset=tiny"])
+def test_presets_name_the_phases_that_they_get_and_bptt_trains_the_same_rnn_on_the_same_rows(arguments):
+    smt, bptt = (runtime.parse(script.Config, arguments.split(), script.PRESETS) for script in (train_smt, train_bptt))
+    assert train_smt.phases(smt) == [smt.trunk_iters, smt.trunk_iters + smt.teacher_iters]
+    for name in ("updater", "d_model", "n_heads", "memory_tokens", "updater_layers", "readout_layers", "seq_len", "p_start"):
+        assert getattr(smt, name) == getattr(bptt, name), name
 
 
 def test_an_rnn_is_fine_tuned_by_bptt_whatever_the_encoder_was(tmp_path, data_dir, smt_run):
