@@ -39,7 +39,7 @@ TASKS = {name: dict(smt="", dmt="", bptt="") for name in ("copy 6", "keyvalue 1"
 HARDER = {name: dict(smt="", dmt="", bptt="") for name in ("copy 10", "keyvalue 2", "stack 64", "retrieval 128", "modular 7")}
 TASKS["retrieval 64"]["smt"], HARDER["retrieval 128"]["smt"] = "--future_len=64", "--future_len=128"
 LEARNING_RATES = (1e-3, 3e-3)                       # of BPTT; the best one at the first seed, by held-out loss, serves the other seeds
-FABLES = dict(smt="--max_iters=1500 --trunk_iters=550 --teacher_iters=450", dmt="--max_iters=150", bptt="")    # where there are many runs of them
+FABLES = dict(smt="--max_iters=1500 --trunk_iters=550 --teacher_iters=450", dmt="--max_iters=150", bptt="")     # where runs are many
 
 UPDATERS = {"copy 6": TASKS["copy 6"], "stack 32": TASKS["stack 32"], "fables": FABLES}
 

@@ -58,8 +58,7 @@ class Config(RunConfig):
 PRESETS = {
     "tiny": dict(batch_size=8, max_iters=240, lr=2e-3, grow=0.5, label_stride=16, unroll=16, updates=2, lambda_dyn=1.0,
                  relative=True, lambda_own=1.0, lambda_hold=1.0, p_start=0.9, eval_interval=60),
-    "tiny/tinystories": dict(seq_len=256, p_start=0.5, max_iters=320, eval_interval=80),
-    "tiny/text": dict(seq_len=256, p_start=0.5, max_iters=320, eval_interval=80),
+    **{f"tiny/{name}": dict(seq_len=256, p_start=0.5, max_iters=320, eval_interval=80) for name in ("tinystories", "text")},
     "small": dict(batch_size=32, max_iters=2000, lr=1e-3, grow=0.5, label_stride=16, unroll=16, updates=2, lambda_dyn=1.0,
                   relative=True, lambda_own=1.0, lambda_hold=1.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),

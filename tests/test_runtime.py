@@ -1,6 +1,5 @@
 """Command line, checkpoints, resuming, processes: what a user does to every script, and what it must answer."""
 import importlib
-import dataclasses
 import json
 import os
 import pickle
@@ -490,7 +489,7 @@ def test_the_first_phases_fit_into_short_runs_and_end_with_a_log_line(trunk_iter
     config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, teacher_iters=teacher_iters, max_iters=max_iters,
                               log_interval=log_interval)
     assert train_smt.phases(config) == ends
-    assert train_smt.phases(dataclasses.replace(config, init_from="runs/fables-smt")) == [0, 0]         # has learned already
+    assert train_smt.phases(replace(config, init_from="runs/fables-smt")) == [0, 0]         # has learned already
 
 
 @pytest.mark.parametrize("arguments", ["", "--preset=small", "--dataset=copy", "--dataset=keyvalue", "--dataset=tinystories --preset=tiny"])
