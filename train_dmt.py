@@ -63,7 +63,7 @@ PRESETS = {
                   relative=True, lambda_own=1.0, lambda_hold=1.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
 }
-SYNTHETIC = dict(batch_size=32, max_iters=600, label_stride=4, unroll=4, eval_interval=100)
+SYNTHETIC = dict(batch_size=32, max_iters=1000, label_stride=4, unroll=4, eval_interval=100)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 PRESETS["tiny/retrieval"] = SYNTHETIC | dict(max_iters=100, eval_interval=25)      # little is left to learn
 PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(batch_size=64, max_iters=1200, updates=1, eval_interval=200)
