@@ -54,17 +54,17 @@ ABLATION = {                                        # one factor at a time: a li
                    change_dmt=["--unroll=1", "--lambda_hold=0", "--grow=0", "--grow=0 --horizon=110",
                                "--grow=0 --horizon=110 --persistent", "--p_start=0.1"])}
 
-ENCODERS = {                                        # the first is the reference: the others train for as many seconds
-    "causal, 4 positions": "--encoder=causal --positions=4 --decode_every=4",
-    "causal, 16 positions": "--encoder=causal --positions=16 --decode_every=4",
-    "window, 1 position": "--encoder=window --positions=1 --decode_every=1",
-    "window, 4 positions": "--encoder=window --positions=4 --decode_every=4"}
-PLAIN = "--unroll=1 --trunk_iters=0 --lambda_trunk=0 --teacher_iters=2000"     # as the window encoder can, two thirds of each run alone
-SPARSE = "--unroll=1 --label_stride=8"              # the same labels for all encoders: dense ones would take the window's an hour
-ENCODED = {"retrieval 64": dict(smt=f"{PLAIN} --future_len=64 --context_len=64", dmt=SPARSE),
-           "stack 32": dict(smt=f"{PLAIN} --context_len=32", dmt=SPARSE),
-           "fables": dict(smt=f"{PLAIN} --max_iters=1800 --lambda_write=0 --batch_size=8 --eval_docs=16",
-                          dmt="--max_iters=150 --unroll=1 --label_stride=16 --eval_docs=16")}
+NO_TRUNK = "--encoder=window --trunk_iters=0 --lambda_trunk=0 --teacher_iters=9000"     # which are two thirds of a run at most
+ENCODERS = {                                        # (rows, flags of SMT); the first is the reference: the others get as many seconds
+    "causal, 16 positions": (1, "--positions=16 --unroll=4"),
+    "causal, 4 positions": (2, "--positions=4 --unroll=4"),
+    "window, 4 positions": (2, f"{NO_TRUNK} --positions=4 --unroll=4"),
+    "window, 1 position": (4, f"{NO_TRUNK} --positions=1 --unroll=1 --decode_every=1")}
+ENCODED = {                                         # rows of the reference; DMT with the window has fewer labels, which it pays for one by one
+    "retrieval 64": dict(rows=16, smt="--future_len=64 --context_len=64", causal_dmt="", window_dmt="--label_stride=8"),
+    "stack 32": dict(rows=16, smt="--context_len=32", causal_dmt="--max_iters=400", window_dmt="--max_iters=400 --label_stride=8"),
+    "fables": dict(rows=8, smt="--max_iters=1200 --trunk_iters=400 --teacher_iters=400 --lambda_write=0 --eval_docs=16",
+                   causal_dmt="--max_iters=150 --eval_docs=16", window_dmt="--max_iters=150 --eval_docs=16 --unroll=4")}
 
 LENGTHS, MULTIPLES = {name: dict(smt="", dmt="") for name in ("retrieval 32", "stack 32")}, (1, 2, 4, 8)
 
@@ -177,19 +177,25 @@ def ablation_runs(seeds, source):
 
 
 def encoders_runs(seeds, source):
-    """SMT with each encoder for as many seconds as the reference takes, then the same iterations of DMT."""
-    runs = []
+    """SMT and DMT with each encoder, each of the two for as many seconds as the reference takes."""
+    runs, probes = [], {}
+
+    def as_long_as(other, run):
+        """A probe, the first seed's, and the run."""
+        probe = probes.setdefault((run.case, run.stage), replace(run, method="probe", tag=run.stage, flags=f"{run.flags} {PROBE}"))
+        return [probe, replace(run, equal="seconds", to=(other,), probe=probe)]
+
     for (data, flags), seed in itertools.product(ENCODED.items(), seeds):
         reference = None
-        for kind, change in ENCODERS.items():
-            first, second = compare(data, [seed], f"{flags['smt']} {change}", flags["dmt"], case=f"{data}, {kind}")
+        for kind, (times, change) in ENCODERS.items():
+            first, second = compare(data, [seed], f"{flags['smt']} --batch_size={times * flags['rows']} {change}",
+                                    flags[f"{kind[:6]}_dmt"], case=f"{data}, {kind}")
             if reference:
-                probe = replace(first, method="probe", seed=seeds[0], flags=f"{first.flags} {PROBE}")
-                first = replace(first, equal="seconds", to=(reference,), probe=probe)
-                second = replace(second, after=first)
-                runs.append(probe)
-            reference = reference or first
-            runs += [first, second]
+                some = as_long_as(reference[0], first)
+                some += as_long_as(reference[1], replace(second, after=some[-1]))
+            else:
+                reference = some = [first, second]
+            runs += some
     return list(dict.fromkeys(runs))
 
 
