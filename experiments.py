@@ -49,6 +49,7 @@ ABLATION = {                                        # one factor at a time: a li
         "--trunk_iters=0 --teacher_iters=0", "--future_len=1", "--future_len=4", "--positions=4", "--memory_tokens=4",
         "--unroll=1", "--updater=transformer --updater_layers=2"],
         change_dmt=["--unroll=1", "--lambda_hold=0", "--relative=false", "--grow=0"]),
+    "modular 5": dict(TASKS["modular 5"], change_smt=["--detach", "--relative --lambda_dyn=0.5"], change_dmt=["--relative --lambda_dyn=1"]),
     "fables": dict(FABLES, change_smt=["--detach=false", "--relative=false", "--lambda_write=0", "--lambda_hold=0", "--teacher_iters=0",
                                        "--p_start=0.5", "--unroll=1", "--updater=transformer --updater_layers=2"],
                    change_dmt=["--unroll=1", "--lambda_hold=0", "--grow=0", "--grow=0 --horizon=110",

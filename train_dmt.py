@@ -66,7 +66,8 @@ PRESETS = {
 SYNTHETIC = dict(batch_size=32, max_iters=1000, label_stride=4, unroll=4, eval_interval=100)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 PRESETS["tiny/retrieval"] = SYNTHETIC | dict(max_iters=100, eval_interval=25)      # little is left to learn
-PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(batch_size=64, max_iters=1200, updates=1, eval_interval=200)
+PRESETS["tiny/modular"] = SYNTHETIC | dict(relative=False, lambda_dyn=5.0)
+PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(batch_size=64, max_iters=600, updates=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
