@@ -44,14 +44,14 @@ FABLES = dict(smt="--max_iters=1500 --trunk_iters=550 --teacher_iters=450", dmt=
 UPDATERS = {"copy 6": TASKS["copy 6"], "stack 32": TASKS["stack 32"], "fables": FABLES}
 
 ABLATION = {                                        # one factor at a time: a line of flags, of SMT or, after SMT as it is, of DMT
-    "keyvalue 1": dict(TASKS["keyvalue 1"], change_smt=[
-        "--lambda_dyn=0.05", "--lambda_dyn=5", "--lambda_unif=0", "--lambda_unif=0.1", "--detach=false", "--relative=false", "--lambda_hold=0",
-        "--trunk_iters=0 --teacher_iters=0", "--future_len=1", "--future_len=4", "--positions=4", "--memory_tokens=4",
+    "copy 6": dict(TASKS["copy 6"], change_smt=[
+        "--lambda_dyn=0.05", "--lambda_dyn=5", "--lambda_unif=0", "--lambda_unif=0.1", "--detach=false", "--relative=false", "--lambda_own=0",
+        "--lambda_hold=0", "--trunk_iters=0 --teacher_iters=0", "--future_len=1", "--future_len=4", "--positions=4", "--memory_tokens=2",
         "--unroll=1", "--updater=transformer --updater_layers=2"],
-        change_dmt=["--unroll=1", "--lambda_hold=0", "--relative=false", "--grow=0"]),
+        change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_own=0", "--lambda_hold=0", "--relative=false", "--grow=0"]),
     "modular 5": dict(TASKS["modular 5"], change_smt=["--detach", "--relative --lambda_dyn=0.5"], change_dmt=["--relative --lambda_dyn=1"]),
-    "fables": dict(FABLES, change_smt=["--detach=false", "--relative=false", "--lambda_write=0", "--lambda_hold=0", "--teacher_iters=0",
-                                       "--p_start=0.5", "--unroll=1", "--updater=transformer --updater_layers=2"],
+    "fables": dict(FABLES, change_smt=["--detach=false", "--relative=false", "--lambda_near=0", "--lambda_write=0", "--lambda_hold=0",
+                                       "--teacher_iters=0", "--p_start=0.5", "--unroll=1", "--updater=transformer --updater_layers=2"],
                    change_dmt=["--unroll=1", "--lambda_hold=0", "--grow=0", "--grow=0 --horizon=110",
                                "--grow=0 --horizon=110 --persistent", "--p_start=0.1"])}
 
@@ -309,7 +309,7 @@ EXPERIMENTS = {
     "updaters": Experiment("Does it depend on the kind of RNN?", 30, 1, updaters_runs,
                            (*ACCURACY, "uniformity", "effective_rank", "seconds"),
                            results.dots("val_rnn_loss", "effective_rank"), look_at_memories),
-    "ablation": Experiment("What does each part of SMT and DMT contribute?", 40, 1, ablation_runs, (*ACCURACY, "val_drift", "seconds"),
+    "ablation": Experiment("What does each part of SMT and DMT contribute?", 65, 1, ablation_runs, (*ACCURACY, "val_drift", "seconds"),
                            results.dots("val_rnn_loss", "val_drift")),
     "encoders": Experiment("One window for each memory, or many memories from one pass?", 45, 2, encoders_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
