@@ -62,7 +62,7 @@ CPU = dict(d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_la
            context_len=128, future_len=32)
 SIZES = {"cpu": {"smt": CPU | dict(batch_size=32, seq_len=128),
                  "dmt": dict(batch_size=16, seq_len=64, horizon=64, label_stride=16),
-                 "bptt": CPU | dict(batch_size=16, seq_len=64),
+                 "bptt": dict(d_model=128, n_heads=4, memory_tokens=8, updater_layers=4, readout_layers=2, batch_size=16, seq_len=64),
                  "transformer": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=128, batch_size=32)},
          **{name: {stage: script.PRESETS[name] for stage, script in STAGES.items()} for name in ("tiny", "small", "paper")}}
 SIZES["paper"]["bptt"] = SIZES["paper"]["bptt"] | dict(batch_size=32)
@@ -160,11 +160,11 @@ def stopwatch(device):
 
 def optimiser_step(row, stage, config, data, run, note):
     """A step of SMT, BPTT or the Transformer; of SMT also the time that it takes to draw the rows and positions."""
-    script, V, T, S = STAGES[stage], data.vocab_size, config.seq_len, getattr(config, "positions", 1) or config.seq_len
+    script, V, T, S = STAGES[stage], data.vocab_size, config.seq_len, getattr(config, "positions", 1)
     if stage == "smt":
         networks, loss = build(config, V), lambda *batch: train_smt.smt_loss(*batch, config)
     elif stage == "bptt":
-        networks, loss = build(config, V, ("updater", "readout")), lambda *batch: train_bptt.bptt_loss(*batch, config.truncate)
+        networks, loss = build(train_bptt.model_config(config), V, ("updater", "readout")), lambda *batch: train_bptt.bptt_loss(*batch, config.truncate)
         networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     else:
         networks, loss = build(train_transformer.model_config(config), V, ("decoder",)), train_transformer.transformer_loss

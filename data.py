@@ -34,7 +34,7 @@ import tasks
 from runtime import DataError, UsageError, parse, run_main, write_atomically
 
 IGNORE = -1          # in y: nothing is asked here
-NOTHING_ASKED = 255  # the same in <split>_targets.bin
+NOTHING_ASKED = tasks.NOTHING   # the same in <split>_targets.bin
 GENERATED = ["fables", *tasks.TASKS]
 DATASETS = [*GENERATED, "tinystories", "mnist", "sketchy", "text"]
 NEEDS_SOURCE = {"sketchy": "the folder of pictures", "text": "the text file"}
@@ -190,6 +190,11 @@ def stream_rows(data, step, batch_size, seq_len, length, rank=0, world_size=1):
         raise UsageError(f"{batch_size} streams of {seq_len} tokens are more than the text's {len(data.train.tokens)}")
     begin = torch.arange(batch_size).chunk(world_size)[rank] * part + step % steps * length
     return *document_rows(data.train, data.meta, begin, seq_len, cut=False), step % steps == 0
+
+
+def cross_entropy(logits, y):
+    """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V); autocast keeps it in float32."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def futures(x, y, t, future_len, pad):
@@ -373,7 +378,7 @@ def check_request(name, source, seed, train_tokens, val_tokens, options):
     if name not in GENERATED and (train_tokens, val_tokens) != (Config.train_tokens, Config.val_tokens):
         raise UsageError(f"{name} is not generated: it takes no --train_tokens and no --val_tokens")
     if name in NEEDS_SOURCE and not source:
-        raise UsageError(f"{name} needs {NEEDS_SOURCE[name]}: --source=PATH")
+        raise UsageError(f"{name} needs {NEEDS_SOURCE[name]}: python data.py --dataset={name} --source=PATH")
     if seed < 0 or min(train_tokens, val_tokens) < 2:
         raise UsageError("--seed must not be negative, --train_tokens and --val_tokens must be at least 2")
     if isinstance(options.get("length"), str):

@@ -15,9 +15,9 @@ import torch
 import data as datasets
 import results
 import sample
-import tasks
 import train_smt
 from evaluate import evaluate
+from figures import longer_documents
 from model import restore
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def encoders_runs(seeds, source):
         reference = None
         for kind, (times, change) in ENCODERS.items():
             first, second = compare(data, [seed], f"{flags['smt']} --batch_size={times * flags['rows']} {change}",
-                                    flags[f"{kind[:6]}_dmt"], case=f"{data}, {kind}")
+                                    flags[f"{kind.split(',')[0]}_dmt"], case=f"{data}, {kind}")
             if reference:
                 some = as_long_as(reference[0], first)
                 some += as_long_as(reference[1], replace(second, after=some[-1]))
@@ -254,12 +254,8 @@ def look_at_length(run, checkpoint, place, name):
     """Loss and accuracy on 64 new documents of 1, 2, 4 and 8 times the length; the encoder's under a method of its own."""
     _, networks, initial_memory = restore(checkpoint)
     meta, records = checkpoint["data"], []
-    low, high = meta["options"]["length"]
     for k in MULTIPLES:
-        options, T = meta["options"] | {"length": (k * low, k * high)}, k * meta["longest_document"]
-        tokens, targets, _, _ = tasks.TASKS[meta["name"]](datasets.philox(k, 0, "held out"), 64 * T, **options)
-        x, y = (torch.from_numpy(part).long().view(64, T) for part in (tokens, targets))
-        numbers = evaluate(networks, initial_memory, x, torch.where(y == datasets.NOTHING_ASKED, datasets.IGNORE, y), meta)
+        numbers = evaluate(networks, initial_memory, *longer_documents(meta, k), meta)
         here = dict(case=f"{run.case}, {k} x the length", panel=run.case, value=k, curve=None)
         records.append({**here, **numbers})
         if run.stage == "smt":

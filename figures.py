@@ -14,7 +14,6 @@ A line is a dict: the runs it is about, what of them (part), and its points x, y
 at hand is {"skipped": why}. `trained` are evaluate.Trained, all of one data set.
 """
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -191,7 +190,7 @@ def gradients(trained, x, y, seed):
     """Norms of gradients with respect to the memory, against t, the mean over documents that have their last target at the same place.
 
     through time: of the loss at that target, through all steps of the RNN between (at most GRADIENT_STEPS): what BPTT learns from.
-    at initialisation: the same with fresh weights; but for the GRU the updater begins as the identity, so that little is lost.
+    at initialisation: the same with fresh weights; every updater except the GRU begins as the identity, so that little is lost.
     one step: SMT's, of the squared error at t alone with respect to the m_{t-1} it starts from. Another loss: compare slopes only.
     """
     asked = (y != IGNORE).any(1)
@@ -334,13 +333,7 @@ def cost(trained, vocab_size, seed):
 
 def log_lines(run):
     """The evaluations in the metrics.jsonl beside a checkpoint, up to the checkpoint's step."""
-    log, numbers = run.folder / "metrics.jsonl", []
-    for text in log.read_text().splitlines() if log.is_file() else []:
-        try:
-            numbers.append(json.loads(text))
-        except ValueError:                                          # a crash has cut it off
-            continue
-    return [one for one in numbers if "val_rnn_loss" in one and one["step"] <= run.step]
+    return [line for line in runtime.read_log(run.folder / "metrics.jsonl") if "val_rnn_loss" in line and line["step"] <= run.step]
 
 
 def spent_before(run, trained, key):

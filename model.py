@@ -9,7 +9,7 @@ Glossary: code, the paper's symbol, meaning
     Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
     Updater         f_theta       the RNN's transition: m_{t+1} = f(m_t, x_{t+1})
     Readout         g_theta       the RNN's output: predicts y_t from m_t
-    context_len     T_c           tokens of past that the encoder reads
+    context_len     T_c           tokens of past that the encoder reads (causal: states of its trunk that a register sees)
     future_len      T_f           targets that the decoder predicts
     V, PAD                        tokens are 0..V-1; PAD = V, "there is no token here", is one more entry of each embedding
 
@@ -39,7 +39,7 @@ class ModelConfig:
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
     readout_layers: int = 1         # layers of the readout
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
-    context_len: int = 256          # tokens of past that the encoder reads (Tc)
+    context_len: int = 256          # tokens of past that the window encoder reads (Tc); causal: states of the trunk that a register sees
     future_len: int = 16            # targets that the decoder predicts (Tf)
 
     def __post_init__(self):
@@ -171,14 +171,18 @@ def normalise(memory):
     return F.rms_norm(at_least_float32(memory), memory.shape[-1:])
 
 
-def squared_error(memory, goal, before=None):
-    """(.., K, d) each -> (..): mean squared error of the memory. With the memory `before` the transition it is relative: that of each
-    memory token over the mean square of the token's change in this batch (1: no better than to leave it as it was), so that
-    tokens that seldom change count as much as those that always do, and the few changes of such a token count for much."""
-    error = (memory - goal).square().mean(-1)
+def squared_error(memory, goal, real, before=None):
+    """(.., K, d) each, real (..) -> (..): mean squared error of the memory, 0 where the transition is not real.
+
+    With the memory `before` the transition it is relative: that of each memory token over the mean square of the token's change in
+    this batch (1: no better than to leave it as it was), so that tokens that seldom change count as much as those that always do,
+    and the few changes of such a token count for much.
+    """
+    error = (memory - goal).square().mean(-1)                                   # (.., K)
     if before is not None:
-        error = error / (goal - before).square().flatten(0, -3).mean((0, 2)).clamp(min=1e-4)
-    return error.mean(-1)
+        change = (goal - before).square().mean(-1) * real[..., None]
+        error = error / (change.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
+    return error.mean(-1) * real
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,11 +284,12 @@ class Decoder(nn.Module):
         self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens + config.future_len - 1)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
-        self.recall = nn.Linear(config.memory_tokens * config.d_model, config.d_model, bias=False) if config.encoder == "causal" else None
+        recalls = config.encoder == "causal" and config.future_len > 1      # without tokens there is nothing to add it to
+        self.recall = nn.Linear(config.memory_tokens * config.d_model, config.d_model, bias=False) if recalls else None
 
     def forward(self, memory, x):
         n, tokens = x.shape[1], self.embed(x)
-        if self.recall is not None and n:
+        if self.recall is not None and n > 0:
             tokens = tokens + self.recall(memory.flatten(1))[:, None]
         h = self.transformer(torch.cat([memory, tokens], dim=1), attend_to_past, slice(None) if n else slice(-1, None))
         return self.predict(h[:, -n - 1:])

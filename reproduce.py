@@ -55,14 +55,14 @@ def resolve(stage, flags):
     return dataclasses.asdict(runtime.parse(STAGES[stage].Config, flags, presets=STAGES[stage].PRESETS))
 
 
-def lines_of(path):
-    """The lines of a text file; none if there is no file."""
-    return path.read_text().splitlines() if path.exists() else []
+def place_of(data):
+    """The folder of a data set of DATA: with other options it is another one."""
+    return RUNS / "data" / slug(" ".join([data, *(f"{name}={value}" for name, value in DATA[data][1].items())]))
 
 
 def log_of(run, root):
     """The lines of a run's metrics.jsonl, as dicts."""
-    return [json.loads(line) for line in lines_of(root / run.name / "metrics.jsonl")]
+    return runtime.read_log(root / run.name / "metrics.jsonl")
 
 
 def evaluations(run, root):
@@ -82,7 +82,7 @@ def steps_for(amount, spent):
 
 def flags_of(run, root, scale):
     """The flags of a run whose needs are finished: a tuple."""
-    flags = [f"--dataset={DATA[run.data][0]}", f"--data_dir={RUNS / 'data' / slug(run.data)}", f"--out_dir={root / run.name}",
+    flags = [f"--dataset={DATA[run.data][0]}", f"--data_dir={place_of(run.data)}", f"--out_dir={root / run.name}",
              f"--seed={run.seed}", "--preset=tiny", *DATA[run.data][2].split(), *run.flags.split()]
     if run.after:
         flags.append(f"--init_from={root / run.after.name}")
@@ -126,7 +126,7 @@ def finished(runs, root, scale):
 def prepare(data, source):
     """Prepare a data set of DATA where it is missing."""
     name, options, _ = DATA[data]
-    place = RUNS / "data" / slug(data)
+    place = place_of(data)
     if not (place / name / "meta.json").exists():
         datasets.prepare(name, place, source if name not in datasets.GENERATED else None, **options)
 
@@ -155,7 +155,7 @@ def note_launch(run, root, jobs, began):
 
 def last_words(path, status):
     """Why a run ended too early, in one line, from its output."""
-    output = lines_of(path)
+    output = path.read_text().splitlines()
     errors = [line for line in output if line.startswith("error: ")]
     return errors[-1] if errors else f"ended with status {status} after {output[-1] if output else 'no output'!r}"
 
@@ -206,7 +206,7 @@ def execute(name, config):
 def report(name, config, done):
     """Write tables and figure of the runs that are done."""
     experiment, runs, root = plan(name, config)
-    launches = [json.loads(line) for run in runs for line in lines_of(root / run.name / "launches.jsonl")]
+    launches = [line for run in runs for line in runtime.read_log(root / run.name / "launches.jsonl")]
     told = {flag: value for flag, value in vars(config).items() if value != getattr(Config, flag)}
     told |= {"source": "FOLDER"} if config.source else {}
     command = " ".join(["python reproduce.py", name, *(f"--{flag}={value}" for flag, value in told.items())])

@@ -16,7 +16,7 @@ TITLES = {"val_rnn_accuracy": ("Accuracy", ".3f"), "val_rnn_loss": ("Loss, nats 
           "val_teacher_loss": ("Loss of encoder and decoder, nats per target", ".4f"), "val_drift": ("Drift", ".4f"),
           "val_gap_to_floor": ("Loss above the floor, nats per target", ".4f"), "seconds": ("Seconds of training", ",.0f"),
           "tokens": ("Tokens", ",.0f"), "sequential_flops": ("Sequential FLOPs", ".3g"), "lr": ("Learning rate", "g"),
-          "max_iters": ("Optimiser steps of the last stage", ",.0f"), "uniformity": ("Uniformity of the encoder's memories", ".3f"),
+          "max_iters": ("Steps of the last stage (DMT: iterations)", ",.0f"), "uniformity": ("Uniformity of the encoder's memories", ".3f"),
           "effective_rank": ("Effective rank of the encoder's memories", ".1f"), "chance": ("Accuracy of chance", ".3f")}
 FOLDER = Path("results")
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777"]     # told apart by the colour-blind, too

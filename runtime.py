@@ -23,8 +23,9 @@ import time
 import types
 import typing
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -70,10 +71,10 @@ class RunConfig:
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
     compile: bool | None = None  # torch.compile the training step; unset: on CUDA only
     init_from: str = ""         # checkpoint (file or folder of a run) whose weights to start from
-    resume: bool = False        # continue the run in out_dir, bit for bit
-    max_iters: int = 1000       # optimiser steps
+    resume: bool = False        # continue the run in out_dir: with the same flags, bit for bit
+    max_iters: int = 1000       # optimiser steps; of DMT iterations, each of --updates optimiser steps
     batch_size: int = 32        # rows per step, over all processes
-    grad_accum: int = 1         # micro-batches per step and process; saves memory, changes nothing else
+    grad_accum: int = 1         # micro-batches per step and process, to save memory; what is relative to a batch is then so to a micro-batch
     lr: float = 1e-3            # peak learning rate
     lr_decay: str = "cosine"    # after the warm-up: constant, or cosine down to a tenth
     warmup: float = 0.01        # share of the steps over which the learning rate rises
@@ -148,7 +149,7 @@ def parse(Config, argv=None, presets=None):
     if presets is not None:
         dataset = given.get("dataset", Config.dataset)
         name = given.get("preset") or ("paper" if dataset in ("tinystories", "mnist", "sketchy") else "tiny")
-        if name not in presets:
+        if name not in presets or "/" in name:
             parser.error(f"--preset is one of {', '.join(p for p in presets if '/' not in p)}, not {name!r}")
         given = presets[name] | presets.get(f"{name}/{dataset}", {}) | given | {"preset": name}
     try:
@@ -240,9 +241,13 @@ class Run:
 
     def log(self, step, **numbers):
         """Append what was spent up to a step, and the numbers, to metrics.jsonl."""
-        if self.is_main:
+        if not self.is_main:
+            return
+        try:
             with open(self.out_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **self.spent, **numbers}) + "\n")
+        except OSError as error:
+            raise DataError(f"cannot write {self.out_dir / 'metrics.jsonl'}: {error.strerror}") from None
 
     def spend(self, **amounts):
         """Add tokens, flops and sequential_flops of a step to what the run has spent."""
@@ -284,7 +289,7 @@ class Run:
 
     @contextmanager
     def evaluating(self):
-        """Inside, the clock stands, there are no gradients, and the other processes may run ahead to their next exchange."""
+        """Inside, the clock stands and there are no gradients."""
         self.read_clock()
         with torch.no_grad(), self.autocast():
             yield
@@ -325,16 +330,11 @@ def start(config, stage):
         raise UsageError(f"--batch_size={config.batch_size} must be a multiple of processes x grad_accum "
                          f"= {world_size} x {config.grad_accum}")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))   # of a download
     torch.manual_seed(config.seed % 2**63)
 
     compile = config.compile if config.compile is not None else device.type == "cuda"
     run = Run(device, rank, world_size, Path(config.out_dir or f"runs/{config.dataset}-{stage}"), compile, config.log_interval)
-
-    def ask_to_stop(*_):
-        run.stop_asked = True
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
 
     if config.resume and not run.checkpoint_path.exists():
         raise DataError(f"--resume: there is no {run.checkpoint_path}")
@@ -349,7 +349,7 @@ def begin(run, config, data, networks, optimizer):
 
     --resume also restores the optimiser and what was spent, and drops the log lines that will be written again.
     """
-    step, lines = 0, []
+    step, kept, told = 0, [], dataclasses.asdict(config)
     log = run.out_dir / "metrics.jsonl"
     if config.resume:
         checkpoint = load(run.checkpoint_path, run.device)
@@ -362,7 +362,10 @@ def begin(run, config, data, networks, optimizer):
             raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}: its optimiser does not fit") from None
         step, run.spent = checkpoint["step"], checkpoint["spent"]
         run.since = {"step": step, **run.spent}
-        lines = lines_before(log, step)
+        kept = [line for line in read_log(log) if line["step"] < step or line["step"] == step and "train_loss" in line]  # it evaluates anew
+        changed = [f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in told.items()
+                   if name not in ("resume", "init_from") and checkpoint["config"].get(name) != value]
+        run.print("; ".join([f"resumed at step {step}", *changed]))
     elif config.init_from:
         checkpoint = load(config.init_from, run.device)
         check_data(checkpoint, data)
@@ -374,23 +377,23 @@ def begin(run, config, data, networks, optimizer):
             run.out_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"cannot make the folder {run.out_dir}: {error.strerror}") from None
-        text = json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-        write_atomically(run.out_dir / "config.json", lambda path: path.write_text(text))
-        write_atomically(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+        write_atomically(run.out_dir / "config.json", lambda path: path.write_text(json.dumps(told, indent=1) + "\n"))
+        write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+
+    def ask_to_stop(*_):
+        run.stop_asked = True
+    signal.signal(signal.SIGINT, ask_to_stop)       # from here on there is something to save
+    signal.signal(signal.SIGTERM, ask_to_stop)
     return step
 
 
-def lines_before(log, step):
-    """The lines of a log that a run resumed at `step` does not write again; one that a crash has cut off is left out."""
-    lines = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            numbers = json.loads(line)
-        except ValueError:
-            continue
-        if numbers["step"] < step or numbers["step"] == step and "train_loss" in numbers:   # it evaluates at `step` anew
-            lines.append(line)
-    return lines
+def read_log(path):
+    """The lines of a metrics.jsonl as dicts, none if there is no file; one that a crash has cut off is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def check_architecture(checkpoint, config, names, path):
@@ -505,7 +508,7 @@ def micro_step(module, last):
 
 
 def adamw(networks, config):
-    """Fused AdamW (0.9, 0.95); only matrices of linear layers are decayed."""
+    """Fused AdamW (0.9, 0.95); what has two dimensions is decayed, but for embeddings."""
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
     decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
@@ -577,7 +580,7 @@ def load(path, map_location="cpu"):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
         raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
-    if not (isinstance(checkpoint, dict) and {"stage", "step", "data", "model", "model_config", "initial_memory"} <= checkpoint.keys()
+    if not (isinstance(checkpoint, dict) and {"stage", "step", "config", "data", "model", "model_config", "initial_memory"} <= checkpoint.keys()
             and isinstance(checkpoint["data"], dict) and {"name", "kind", "vocab_size"} <= checkpoint["data"].keys()):
         raise DataError(f"{path} is not a checkpoint of this project")
     return checkpoint

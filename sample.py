@@ -199,7 +199,7 @@ def paint(networks, initial_memory, meta, config, path):
     columns = 1 << (n - 1).bit_length() // 2 + (n - 1).bit_length() % 2
     if config.prompt:                                # three lines: given (the rest grey), completed, truth
         truth = [datasets.tokens_to_image(row, meta) for row in whole]
-        known = np.arange(shape[0])[:, None] < config.keep * shape[0]
+        known = datasets.tokens_to_image(np.where(np.arange(length) < kept, meta["vocab_size"] - 1, 0), meta) > 0
         pictures = [np.where(known, picture, 128) for picture in truth] + pictures + truth
         columns = n
     save_grid(pictures, columns, path)

@@ -176,7 +176,7 @@ def check_symbols(symbols, markers=1):
 def draw_sizes(rng, n_tokens, length, shortest, tokens=lambda length: length):
     """(D,) lengths of the first documents that together have n_tokens tokens, where one of length n has tokens(n)."""
     low, high = length
-    check(shortest <= low <= high, f"length must be LOW,HIGH with {shortest} <= LOW <= HIGH, not {low},{high}")
+    check(shortest <= low <= high, f"length is LOW-HIGH with {shortest} <= LOW <= HIGH, not {low}-{high}")
     check(n_tokens >= 1, f"at least one token is needed, not {n_tokens}")
     lengths = rng.integers(low, high + 1, size=-(-n_tokens // tokens(low)))
     enough = np.searchsorted(tokens(lengths).cumsum(), n_tokens)

@@ -6,33 +6,45 @@
 
 Writes runs/<dataset>-bptt. Every step of the RNN waits for the one before, and so does every step of the backward pass.
 """
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE
+from data import IGNORE, cross_entropy
 from evaluate import evaluate
-from model import ModelConfig, build, chain_flops, forward_flops, model_fields, normalise, parameter_counts, roll_out
+from model import ModelConfig, build, chain_flops, forward_flops, normalise, parameter_counts, roll_out
 from runtime import RunConfig, UsageError
 
 
 @dataclass(frozen=True)
-class Config(ModelConfig, RunConfig):
+class Config(RunConfig):
     """What train_bptt.py can be told, beside what all train scripts can."""
+    updater: str = "transformer"    # the RNN's transition: transformer, mlp or gru
+    d_model: int = 64               # width d of tokens and memory tokens
+    n_heads: int = 4                # attention heads
+    memory_tokens: int = 4          # memory tokens K
+    updater_layers: int = 2         # layers of the updater (transformer and mlp)
+    readout_layers: int = 1         # layers of the readout
+    context_len: int = 256          # tokens of a row of text, unless --seq_len says
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
     truncate: int = 0               # tokens after which the gradient through time is cut; 0: never
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
 
     def __post_init__(self):
-        ModelConfig.__post_init__(self)
-        RunConfig.__post_init__(self)
+        super().__post_init__()
+        model_config(self)              # refuses sizes that make no sense
         if self.seq_len < 0 or self.truncate < 0 or not 0 <= self.p_start <= 1:
             raise UsageError("--seq_len and --truncate are at least 0, --p_start from 0 to 1")
+
+
+def model_config(config):
+    """The ModelConfig of the stage's config; what it says of an encoder and a decoder, which are not there, does not matter."""
+    sizes = "updater d_model n_heads memory_tokens updater_layers readout_layers context_len".split()
+    return ModelConfig(**{name: getattr(config, name) for name in sizes})
 
 
 PRESETS = {
@@ -69,13 +81,13 @@ def bptt_loss(networks, x, y, count, truncate=0):
     start = normalise(networks.initial_memory).expand(len(x), -1, -1)
     memories = unroll(networks["updater"], start, x, truncate)
     logits = networks["readout"](memories.flatten(0, 1))        # all steps at once: only the updater is sequential
-    loss = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
+    loss = cross_entropy(logits, y) / count.clamp(min=1)
     return loss, dict(train_loss=loss)
 
 
 def step_flops(config, networks, vocab_size, T):
     """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    forward = forward_flops(config, vocab_size, T, 1)
+    forward = forward_flops(model_config(config), vocab_size, T, 1)
     return (3 * config.batch_size * T * (forward["updater"] + forward["readout"]),
             3 * (T * chain_flops(networks["updater"]) + chain_flops(networks["readout"])))
 
@@ -90,7 +102,7 @@ def main():
     T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
     val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
 
-    networks = build(config, data.vocab_size, ("updater", "readout"))
+    networks = build(model_config(config), data.vocab_size, ("updater", "readout"))
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
     optimizer = runtime.adamw(networks, config)
@@ -107,7 +119,7 @@ def main():
                 initial_memory = normalise(networks.initial_memory)
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
             run.log_evaluation(step, numbers)
-            runtime.save(run, "bptt", step, config, data, networks, optimizer, model_config=model_fields(config),
+            runtime.save(run, "bptt", step, config, data, networks, optimizer, model_config=asdict(model_config(config)),
                          initial_memory=initial_memory)
         if last:
             break

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE, futures
+from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
 from model import chain_flops, forward_flops, parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
 from runtime import RunConfig, UsageError
@@ -152,7 +152,7 @@ def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config,
     losses = {}
     predicted = roll_out(networks["updater"], before.flatten(0, 1), x[:, runs].flatten(0, 1)).view_as(labels)
     real = x[:, runs] != pad
-    losses["dyn"] = (squared_error(predicted, labels, before[:, :, None] if config.relative else None) * real).sum() / transitions
+    losses["dyn"] = squared_error(predicted, labels, real, before[:, :, None] if config.relative else None).sum() / transitions
     if config.lambda_own:
         logits = decoder(predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
         losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
@@ -163,11 +163,6 @@ def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config,
     losses["read"] = cross_entropy(networks["readout"](after[:, reads].flatten(0, 1)), y[:, reads]) / readouts
     loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
-
-
-def cross_entropy(logits, y):
-    """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V)."""
-    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def encoded_starts(begins):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE, futures
+from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
 from model import ModelConfig, build, chain_flops, forward_flops, model_fields, parameter_counts, roll_out, squared_error
 from runtime import RunConfig, UsageError
@@ -106,11 +106,6 @@ def count_terms(x, y, t, config, pad):
                         *((some != IGNORE).sum() for some in (y[:, runs], held, y[:, t], y))])
 
 
-def cross_entropy(logits, y):
-    """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V); autocast keeps it in float32."""
-    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
 def uniformity(memory):
     """log mean_{a != b} exp(-2 |u_a - u_b|^2) over the L2-normalised memory tokens of (n, d); 0 if all are the same."""
     if len(memory) == 1:
@@ -150,7 +145,7 @@ def phases(config):
 
 
 def teacher_loss(networks, x, y, t, counts, config, trunk_alone):
-    """The objective before the RNN joins, while nothing asks yet that a memory be easy to update: L_trunk, then also L_dec.
+    """The objective before the RNN joins, while nothing asks yet that a memory be easy to update: L_trunk, then also L_dec, unweighted.
 
     Arguments and returns are those of smt_loss.
     """
@@ -172,11 +167,11 @@ def write_loss(networks, x, trunk, config):
     with torch.no_grad():
         memories = networks["encoder"](x, torch.arange(-1, x.shape[1], device=x.device), trunk)             # (B, T + 1, K, d)
         real = x != networks["encoder"].pad
-        change = squared_error(memories[:, :-1], memories[:, 1:], memories[:, :-1])                         # (B, T)
-        t = (change * real).topk(n).indices                                                                 # (B, n)
+        change = squared_error(memories[:, :-1], memories[:, 1:], real, memories[:, :-1])                   # (B, T)
+        t = change.topk(n).indices                                                                          # (B, n)
     start, goal = memories[rows, t], memories[rows, t + 1]
     predicted = networks["updater"](start.flatten(0, 1), x[rows, t].flatten()).view_as(goal)
-    return (squared_error(predicted, goal, start) * real[rows, t]).sum() / (config.batch_size * n)
+    return squared_error(predicted, goal, real[rows, t], start).sum() / (config.batch_size * n)
 
 
 def smt_loss(networks, x, y, t, counts, config):
@@ -224,7 +219,7 @@ def smt_loss(networks, x, y, t, counts, config):
         start, goal = start.detach(), goal.detach()
     predicted = roll_out(networks["updater"], start.flatten(0, 2), x[:, runs].flatten(0, 1)).view_as(goal)
     real = x[:, runs] != pad
-    losses["dyn"] = (squared_error(predicted, goal, start if config.relative else None) * real).sum() / transitions
+    losses["dyn"] = squared_error(predicted, goal, real, start if config.relative else None).sum() / transitions
     if config.lambda_write:
         losses["write"] = write_loss(networks, x, trunk, config)
     if config.lambda_own:

@@ -11,12 +11,11 @@ on held-out documents of any length and in sampling alike. Sampling keeps their 
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE
+from data import IGNORE, cross_entropy
 from evaluate import evaluate
 from model import ModelConfig, build, chain_flops, parameter_counts
 from runtime import RunConfig, UsageError
@@ -62,7 +61,7 @@ PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(decoder_layers=6)
 def transformer_loss(networks, x, y, count):
     """CE(D(x_{<=t}), y_t) at every t; x, y (B, T). These rows' share of the mean over the global batch, which has `count` targets."""
     logits, _ = networks["decoder"].read(x)
-    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
+    loss = cross_entropy(logits, y) / count.clamp(min=1)
     return loss, dict(train_loss=loss)
 
 

@@ -19,6 +19,8 @@ import runtime  # noqa: E402
 SIZES = ["--encoder=window", "--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--encoder_layers=1",
          "--register_layers=1", "--decoder_layers=1", "--updater_layers=1", "--readout_layers=1", "--conv_width=1", "--context_len=8",
          "--future_len=3"]
+BPTT_SIZES = ["--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--updater_layers=1", "--readout_layers=1",
+              "--context_len=8"]
 TRANSFORMER_SIZES = ["--d_model=8", "--n_heads=2", "--decoder_layers=1", "--context_len=8"]
 PAIRS = ["--seq_len=8", "--positions=2", "--decode_every=1", "--unroll=1", "--trunk_iters=0", "--teacher_iters=0",
          "--lambda_near=0", "--lambda_own=0", "--lambda_hold=0", "--lambda_trunk=0", "--lambda_write=0",

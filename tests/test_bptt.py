@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import QUICK, SIZES, randomise, trained
+from conftest import BPTT_SIZES, QUICK, randomise, trained
 from torch import nn
 
 import train_bptt
@@ -160,7 +160,7 @@ def test_what_is_compiled_does_not_grow_with_the_steps_and_changes_no_loss(tmp_p
     for T in (6, 12):
         for flag in ("--compile", "--compile=false"):
             torch.compiler.reset()
-            trained(train_bptt, *QUICK, *SIZES, "--dataset=fables", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", f"--seq_len={T}", flag)
+            trained(train_bptt, *QUICK, *BPTT_SIZES, "--dataset=fables", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", f"--seq_len={T}", flag)
             lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
             losses[T, flag] = [line["train_loss"] for line in lines if "train_loss" in line]
         assert losses[T, "--compile"] == pytest.approx(losses[T, "--compile=false"], rel=1e-5) and len(losses[T, "--compile"]) == 4

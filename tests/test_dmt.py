@@ -79,8 +79,8 @@ def reference_losses(networks, x, y, begins, h, runs, reads, settings):
                 logits = decoder(state, torch.tensor([follow]))[0]
                 hold += [nll(logits[i], y[b, last + i]) for i in range(TF) if last + i < T and y[b, last + i] != IGNORE]
             read += [nll(readout(states[i + 1])[0], y[b, begin + i]) for i in reads.tolist() if y[b, begin + i] != IGNORE]
-    scale = [sum((label[k] - before[k]).square().mean() for _, label, before, _ in steps) / len(steps) if settings.relative else 1
-             for k in range(K)]
+    changes = [(label - before).square().mean(1) for _, label, before, real in steps if real]
+    scale = [sum(change[k] for change in changes) / len(changes) if settings.relative else 1 for k in range(K)]
     dyn = [sum((state[k] - label[k]).square().mean() / scale[k] for k in range(K)) / K for state, label, _, real in steps if real]
     losses = dict(dyn=sum(dyn) / len(dyn), own=sum(own) / len(own), hold=sum(hold) / len(hold), read=sum(read) / len(read))
     losses = {name: value for name, value in losses.items() if name in ("dyn", "read") or getattr(settings, f"lambda_{name}")}

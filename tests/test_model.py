@@ -515,18 +515,20 @@ def test_squared_error_equals_plain_loops_relative_to_how_much_each_token_change
     before = torch.randn(shape, dtype=torch.float64)
     goal = before + torch.randn(shape, dtype=torch.float64) * size
     before, goal, memory = (some.requires_grad_() for some in (before, goal, goal + torch.randn(shape, dtype=torch.float64)))
-    weight, change = torch.randn(shape[:-2], dtype=torch.float64), []
-    for k in range(3):                                                            # the last one's is so small that it counts as 0.0001
-        pairs = zip(goal[..., k, :].flatten(), before[..., k, :].flatten())
-        change.append((sum((a - b) ** 2 for a, b in pairs) / goal[..., k, :].numel()).clamp(min=1e-4))
-    assert change[0] > 10 * change[1] > 100 * change[2] and change[2] == 1e-4
+    real = torch.arange(before[..., 0, 0].numel()).view(shape[:-2]) % 5 != 1
+    pairs = [pair for pair, counts in zip(zip(goal.flatten(0, -3), before.flatten(0, -3)), real.flatten()) if counts]
+    change = [(sum((a[k, j] - b[k, j]) ** 2 for a, b in pairs for j in range(8)) / 8 / len(pairs)).clamp(min=1e-4) for k in range(3)]
+    assert change[0] > 10 * change[1] > 100 * change[2] and change[2] == 1e-4           # the last one's is so small that it counts as that
+    weight = torch.randn(shape[:-2], dtype=torch.float64)
     for relative in (False, True):
-        expected = [sum(sum((a[k, j] - b[k, j]) ** 2 for j in range(8)) / 8 / (change[k] if relative else 1) for k in range(3)) / 3
-                    for a, b in zip(memory.flatten(0, -3), goal.flatten(0, -3))]
-        found, expected = squared_error(memory, goal, before if relative else None), torch.stack(expected).view(shape[:-2])
+        expected = [counts * sum(sum((a[k, j] - b[k, j]) ** 2 for j in range(8)) / 8 / (change[k] if relative else 1) for k in range(3)) / 3
+                    for a, b, counts in zip(memory.flatten(0, -3), goal.flatten(0, -3), real.flatten())]
+        found, expected = squared_error(memory, goal, real, before if relative else None), torch.stack(expected).view(shape[:-2])
         torch.testing.assert_close(found, expected)
         for ours, theirs in zip(*(torch.autograd.grad((e * weight).sum(), [memory, goal]) for e in (found, expected))):
             torch.testing.assert_close(ours, theirs)
+    none = squared_error(memory, goal, torch.zeros_like(real), before)
+    assert not none.any() and none.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

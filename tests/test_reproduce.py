@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from conftest import PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZES, call
+from conftest import BPTT_SIZES, PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZES, call
 
 import experiments
 import reproduce
@@ -19,7 +19,7 @@ from experiments import DATA, EXPERIMENTS, Experiment, Run, compare
 
 QUICK = [flag for flag in QUICK if not flag.startswith("--preset")]
 SMT, DMT = " ".join([*QUICK, *SIZES, *PAIRS]), " ".join([*QUICK, *ROLL_OUTS])
-BPTT = " ".join([*QUICK, *(flag for flag in SIZES if "encoder" not in flag), "--seq_len=8"])
+BPTT = " ".join([*QUICK, *BPTT_SIZES, "--seq_len=8"])
 TRANSFORMER = " ".join([*QUICK, *TRANSFORMER_SIZES])
 COMMENTS = functools.cache(runtime.field_comments)      # hundreds of command lines are parsed here
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZES, call, trained
+from conftest import BPTT_SIZES, PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZES, call, trained
 
 import data
 import evaluate
@@ -38,7 +38,7 @@ ALL_OF_DMT = "--updates=2 --unroll=2 --label_stride=2 --grow=0.5 --lambda_own=1 
 
 
 def flags(stage, data_dir, smt_run, out, dataset="retrieval"):
-    more = {"smt": [*SIZES, *PAIRS], "bptt": [*SIZES, "--seq_len=8"],
+    more = {"smt": [*SIZES, *PAIRS], "bptt": [*BPTT_SIZES, "--seq_len=8"],
             "dmt": [*ROLL_OUTS, f"--init_from={smt_run(dataset)}", "--seq_len=8"], "transformer": [*TRANSFORMER_SIZES, "--seq_len=8"]}
     return [*QUICK, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={out}", *more[stage]]
 
@@ -107,8 +107,8 @@ def test_a_wrong_flag_is_refused_in_one_line_that_names_the_nearest(script, argu
 
 @pytest.mark.parametrize("script", TRAIN.values(), ids=lambda s: s.__name__)
 @pytest.mark.parametrize("argument, messages", [
-    ("--preset=huge", ["--preset is one of", "tiny", "'huge'"]), ("--lr=0", ["--lr"]), ("--lr=nan", ["--lr"]),
-    ("--lr=fast", ["--lr", "float"]), ("--p_start=1.5", ["--p_start"]),
+    ("--preset=huge", ["--preset is one of", "tiny", "'huge'"]), ("--preset=tiny/copy", ["--preset is one of", "'tiny/copy'"]),
+    ("--lr=0", ["--lr"]), ("--lr=nan", ["--lr"]), ("--lr=fast", ["--lr", "float"]), ("--p_start=1.5", ["--p_start"]),
     ("--batch_size=0", ["--batch_size must be at least 1"]), ("--max_iters=1.5", ["--max_iters", "int"]),
     ("--lr_decay=linear", ["--lr_decay is constant or cosine, not 'linear'"]), ("--warmup=2", ["--warmup"]),
     ("--compile=perhaps", ["--compile"]), ("--device=gpu", ["--device", "'gpu'"]),
@@ -263,6 +263,31 @@ def test_a_log_line_that_a_crash_cut_off_does_not_prevent_resuming(tmp_path, dat
         file.write('{"step": 5, "tok')
     trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), "--resume")
     assert metrics(tmp_path / "run") == before
+
+
+def test_resuming_says_from_where_and_which_flags_are_others(tmp_path, data_dir, smt_run):
+    arguments = flags("smt", data_dir, smt_run, tmp_path)
+    trained(train_smt, *arguments)
+    assert trained(train_smt, *arguments, "--resume").out.splitlines()[1] == "resumed at step 4"
+    changed = trained(train_smt, *arguments, "--resume", "--lr=0.5", "--max_iters=6").out.splitlines()[1]
+    assert changed == "resumed at step 4; --max_iters=6, was 4; --lr=0.5, was 0.01"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_data_is_prepared_ends_the_run_at_once(tmp_path, data_dir, smt_run, monkeypatch, number):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)              # as the shell's default, it would end the tests
+    monkeypatch.setattr(data, "ensure", lambda *_: signal.raise_signal(number))
+    try:
+        assert call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run")).status == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    run = runtime.Run(torch.device("cpu"), 0, 1, tmp_path / "gone", False, 1)
+    with pytest.raises(runtime.DataError, match="cannot write .*metrics.jsonl: No such file"):
+        run.log(1)
 
 
 def test_persistent_streams_resume_from_a_run_that_had_none(tmp_path, data_dir, smt_run):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SIZES, call, randomise, trained
+from conftest import BPTT_SIZES, QUICK, SIZES, call, randomise, trained
 
 import data
 import sample
@@ -164,7 +164,7 @@ def test_the_most_finished_run_is_found(tmp_path, monkeypatch, data_dir, smt_run
 
 
 def test_a_run_without_encoder_can_speak(tmp_path, data_dir):
-    trained(train_bptt, *QUICK, *SIZES, "--dataset=fables", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--seq_len=8")
+    trained(train_bptt, *QUICK, *BPTT_SIZES, "--dataset=fables", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--seq_len=8")
     assert len(trained(sample, f"--ckpt={tmp_path}", "--max_new_tokens=5").out) > 1
 
 

@@ -187,7 +187,7 @@ def reference_losses(networks, x, y, t, settings):
             hold += future(state, run[-1])
         if settings.lambda_trunk:
             trunk += [nll(decoder.predict(encoder.trunk(x[b:b + 1, :i + 1])[0, -1]), y[b, i]) for i in range(T) if y[b, i] != IGNORE]
-    scale = [mean([(goal[k] - before[k]).square().mean() for _, goal, before, _ in steps]) if settings.relative else 1
+    scale = [mean([(goal[k] - before[k]).square().mean() for _, goal, before, real in steps if real]) if settings.relative else 1
              for k in range(settings.memory_tokens)]
     dyn = [mean([(a - b).square().mean() / size for a, b, size in zip(state, goal, scale)]) for state, goal, _, real in steps if real]
     groups = torch.stack(memories).view(len(x), len(t), settings.memory_tokens, -1).split(train_smt.UNIFORMITY_ROWS)
@@ -287,6 +287,15 @@ def test_trunk_loss_trains_the_trunk_and_the_decoders_head(register_layers):
     torch.testing.assert_close(alone.detach(), value, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [TRUNK | EXTRA, TRUNK | EXTRA | dict(future_len=1)])
+def test_every_parameter_gets_a_gradient_which_ddp_waits_for(options):
+    settings = config(**options)
+    networks = networks_for(settings)
+    x, y, t = batch(STORIES, settings.batch_size, settings.positions)
+    smt_loss(networks, x, y, t, count_terms(x, y, t, settings, PAD), settings)[0].backward()
+    assert [name for name, p in networks.named_parameters() if p.grad is None] == []
+
+
 @pytest.mark.parametrize("most", [1, 3, 99])
 def test_write_loss_is_that_of_the_transitions_that_change_the_memory_most_relative_to_their_change(monkeypatch, most):
     monkeypatch.setattr(train_smt, "WRITES", most)
@@ -294,18 +303,18 @@ def test_write_loss_is_that_of_the_transitions_that_change_the_memory_most_relat
     networks, n, T = networks_for(settings), min(most, 8), 8
     encoder, updater, chosen = networks["encoder"], networks["updater"], []
     m = [[encoder(row[None], torch.tensor([i]))[0, 0].detach() for i in range(-1, T)] for row in x]                 # m[b][i + 1]
-    usual = [mean([(m[b][i + 1][k] - m[b][i][k]).square().mean() for b in range(len(x)) for i in range(T)]) for k in range(2)]
+    usual = [mean([(m[b][i + 1][k] - m[b][i][k]).square().mean() for b in range(len(x)) for i in range(T) if x[b, i] != PAD])
+             for k in range(2)]
     for b, row in enumerate(x):
         change = [sum((m[b][i + 1][k] - m[b][i][k]).square().mean() / usual[k] for k in range(2)) for i in range(T)]
         order = sorted((i for i in range(T) if row[i] != PAD), key=lambda i: -change[i])
         chosen += [(b, i) for i in order[:n]] + [(b, None)] * (n - len(order[:n]))
     real = [(m[b][i], m[b][i + 1], x[b, i:i + 1]) for b, i in chosen if i is not None]
     found = train_smt.write_loss(networks, x, encoder.trunk(x), settings)
-    if len(real) == len(chosen):
-        scale = [mean([(after[k] - before[k]).square().mean() for before, after, _ in real]) for k in range(2)]
-        errors = [mean([(updater(before[None], token)[0, k] - after[k]).square().mean() / scale[k] for k in range(2)])
-                  for before, after, token in real]
-        torch.testing.assert_close(found, mean(errors))
+    scale = [mean([(after[k] - before[k]).square().mean() for before, after, _ in real]) for k in range(2)]
+    errors = [mean([(updater(before[None], token)[0, k] - after[k]).square().mean() / scale[k] for k in range(2)])
+              for before, after, token in real]
+    torch.testing.assert_close(found, sum(errors) / len(chosen))
     gradients = torch.autograd.grad(found, list(networks.parameters()), allow_unused=True)
     names = [name for name, _ in networks.named_parameters()]
     assert {name.split(".")[0] for name, gradient in zip(names, gradients) if gradient is not None} == {"updater"}
