@@ -134,6 +134,7 @@ def dots(*metrics):
 def curves(spent, metrics):
     """A line of panels for each data set and metric, a panel for each of the `spent`: how a number falls, a line for each run."""
     def figure(records, path):
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
         runs, colour = chosen(records), colours(records, "line")
         lines = [(case, metric) for case in dict.fromkeys(r["panel"] for r in records) for metric in metrics]
         drawing, axes = panels(len(lines), len(spent), 4.5, 3.0)
@@ -147,6 +148,9 @@ def curves(spent, metrics):
                 ax.grid(alpha=0.3)
                 if amount != "seconds":
                     ax.set_xscale("log")
+                    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+                    ax.xaxis.set_minor_formatter(NullFormatter())
         save(drawing, path)
         return []
     return figure

@@ -428,8 +428,8 @@ def test_bad_sources_are_named_in_one_line_and_leave_nothing(tmp_path, name, cre
     (["--dataset=copy", "--source=x"], 2, "copy is generated: it takes no --source"),
     (["--dataset=mnist", "--val_tokens=9"], 2, "mnist is not generated"),
     (["--dataset=fables", "--train_tokens=0"], 2, "must be at least 2"),
-    (["--dataset=sketchy"], 2, "sketchy needs the folder of pictures: --source=PATH"),
-    (["--dataset=text"], 2, "text needs the text file: --source=PATH"),
+    (["--dataset=sketchy"], 2, "sketchy needs the folder of pictures: python data.py --dataset=sketchy --source=PATH"),
+    (["--dataset=text"], 2, "text needs the text file: python data.py --dataset=text --source=PATH"),
     (["--dataset=text", "--source=missing.txt"], 1, "missing.txt is not a file"),
     (["--data_dri=x"], 2, "--data_dir"),
 ])
