@@ -30,7 +30,7 @@ def place(tmp_path, monkeypatch, data_dir):
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     monkeypatch.setitem(DATA, "tiny", ("retrieval", dict(length="8", symbols=4), ""))
-    shutil.copytree(data_dir / "retrieval", tmp_path / "runs" / "data" / "tiny" / "retrieval")
+    shutil.copytree(data_dir / "retrieval", reproduce.place_of("tiny") / "retrieval")
     add(monkeypatch, "mini", lambda seeds, source: compare("tiny", seeds, SMT, DMT)[:1])
     return tmp_path
 
@@ -119,7 +119,7 @@ def test_an_experiment_runs_end_to_end_and_a_second_call_starts_nothing(place, m
     assert call(reproduce, "all").status == 0 and len(commands) == 11
 
 
-def test_an_interrupted_run_is_resumed_and_other_flags_begin_it_and_what_follows_anew(place, monkeypatch):
+def test_an_interrupted_run_is_resumed_and_other_flags_or_data_begin_it_and_what_follows_anew(place, monkeypatch):
     flags = [SMT]
     add(monkeypatch, "pair", lambda seeds, source: compare("tiny", seeds, flags[0], DMT))
     commands = in_process(monkeypatch)
@@ -139,7 +139,10 @@ def test_an_interrupted_run_is_resumed_and_other_flags_begin_it_and_what_follows
     flags[0] += " --lr=0.02"
     assert call(reproduce, "pair").status == 0
     assert [flag(command, "out_dir").split("/")[-1] for command in commands[3:]] == ["tiny-smt-1337", "tiny-smt-dmt-1337"]
-    assert not any("--resume" in command for command in commands[3:])
+    monkeypatch.setitem(DATA, "tiny", ("retrieval", dict(length="8", symbols=5), ""))
+    monkeypatch.setattr(reproduce.datasets, "prepare", functools.partial(reproduce.datasets.prepare, train_tokens=4096, val_tokens=4096))
+    assert call(reproduce, "pair").status == 0
+    assert len(commands) == 7 and not any("--resume" in command for command in commands[3:])
 
 
 def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatch):
