@@ -26,6 +26,7 @@ preset (at most one in label_stride steps).
 """
 import contextlib
 import dataclasses
+import functools
 import gc
 import io
 import json
@@ -162,9 +163,10 @@ def optimiser_step(row, stage, config, data, run, note):
     """A step of SMT, BPTT or the Transformer; of SMT also the time that it takes to draw the rows and positions."""
     script, V, T, S = STAGES[stage], data.vocab_size, config.seq_len, getattr(config, "positions", 1)
     if stage == "smt":
-        networks, loss = build(config, V), lambda *batch: train_smt.smt_loss(*batch, config)
+        networks, loss = build(config, V), functools.partial(train_smt.smt_loss, config=config)
     elif stage == "bptt":
-        networks, loss = build(train_bptt.model_config(config), V, ("updater", "readout")), lambda *batch: train_bptt.bptt_loss(*batch, config.truncate)
+        networks = build(train_bptt.model_config(config), V, ("updater", "readout"))
+        loss = functools.partial(train_bptt.bptt_loss, truncate=config.truncate)
         networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     else:
         networks, loss = build(train_transformer.model_config(config), V, ("decoder",)), train_transformer.transformer_loss

@@ -213,7 +213,7 @@ def stop_after(monkeypatch, steps, number):
 
 @pytest.mark.parametrize("stage, dataset, more", [
     ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]),
-    *(("smt", "fables", [*ALL_OF_SMT(*some).split(), *WRITE]) for some in ((1, 1), (1, 2), (3, 1))),       # a stop after, at the end of, between the phases
+    *(("smt", "fables", [*ALL_OF_SMT(*some).split(), *WRITE]) for some in ((1, 1), (1, 2), (3, 1))),    # a stop after, in, between the phases
     ("bptt", "fables", []), ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []),
     ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", [*ALL_OF_DMT, "--p_start=0"])])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
