@@ -74,7 +74,7 @@ class RunConfig:
     resume: bool = False        # continue the run in out_dir: with the same flags, bit for bit
     max_iters: int = 1000       # optimiser steps; of DMT iterations, each of --updates optimiser steps
     batch_size: int = 32        # rows per step, over all processes
-    grad_accum: int = 1         # micro-batches per step and process, to save memory; what is relative to a batch is then so to a micro-batch
+    grad_accum: int = 1         # micro-batches per step and process; saves memory, and what is relative to a batch is so to one of them
     lr: float = 1e-3            # peak learning rate
     lr_decay: str = "cosine"    # after the warm-up: constant, or cosine down to a tenth
     warmup: float = 0.01        # share of the steps over which the learning rate rises
