@@ -295,7 +295,7 @@ class Experiment:
 ACCURACY = ("val_rnn_accuracy", "val_rnn_loss")
 COST = ("seconds", "tokens", "sequential_flops")
 EXPERIMENTS = {
-    "tasks": Experiment("Does SMT then DMT learn what BPTT learns, in the same time, and from as many sequences?", 80, 2, tasks_runs,
+    "tasks": Experiment("Does SMT then DMT learn what BPTT learns, in the same time, and from as many sequences?", 65, 2, tasks_runs,
                         (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
     "harder": Experiment("Where does each of them break?", 120, 2, functools.partial(tasks_runs, which=HARDER),
                          (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
@@ -307,7 +307,7 @@ EXPERIMENTS = {
                            results.dots("val_rnn_loss", "effective_rank"), look_at_memories),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 65, 1, ablation_runs, (*ACCURACY, "val_drift", "seconds"),
                            results.dots("val_rnn_loss", "val_drift")),
-    "encoders": Experiment("One window for each memory, or many memories from one pass?", 45, 2, encoders_runs,
+    "encoders": Experiment("One window for each memory, or many memories from one pass?", 60, 2, encoders_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
                            results.curves(["seconds", "tokens"], ["val_rnn_loss"])),
     "length": Experiment("Does it hold on documents longer than those of training?", 10, 2, length_runs, ACCURACY,
