@@ -276,7 +276,9 @@ def test_every_figure_is_a_small_png_with_all_some_or_none_of_the_runs(figure, t
     records = [record(case, method, seed, 0.5, value=2, curve=curve) for case in "ab" for method in ("SMT", "BPTT") for seed in (1, 2)]
     waiting = [dict(r, done=False) for r in records]
     sizes = []
-    for some in (records, records[:3] + waiting[3:], waiting):
+    long = [r | dict(case=f"{r['case']} {i}", panel=f"panel {i}", curve=[dict(point, val_rnn_loss=(7 * j * i) % 5 + 0.1, seconds=j, tokens=j + 1)
+            for j, point in enumerate(20 * curve)]) for i in range(3) for r in records]
+    for some in (records, records[:3] + waiting[3:], waiting, long):
         figure(some, tmp_path / "figure.png")
         content = (tmp_path / "figure.png").read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) < 200_000
