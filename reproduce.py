@@ -274,11 +274,6 @@ def overview(config):
         print(f"{name:12}{len(runs):>6}{done:>6}{left:>14.0f}  {experiment.question}")
 
 
-def interrupt(*_):
-    """SIGTERM is Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 def command_line(arguments):
     """The names of experiments, and the Config of the flags after them. UsageError for an unknown name."""
     names = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
@@ -291,7 +286,6 @@ def command_line(arguments):
 
 def main():
     names, config = command_line(sys.argv[1:])
-    signal.signal(signal.SIGTERM, interrupt)
     failed = [execute(name, config) for name in names]
     if not names:
         overview(config)

@@ -42,6 +42,7 @@ class DataError(Exception):
 
 def run_main(main):
     """Call main(); a mistake of the user's becomes one line on stderr and an exit status, never a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # like Ctrl-C: what is half-written is removed
     try:
         main()
     except (UsageError, DataError) as error:

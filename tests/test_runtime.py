@@ -19,6 +19,7 @@ from conftest import BPTT_SIZES, PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZ
 
 import data
 import evaluate
+import fables
 import runtime
 import sample
 import train_bptt
@@ -274,14 +275,17 @@ def test_resuming_says_from_where_and_which_flags_are_others(tmp_path, data_dir,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_data_is_prepared_ends_the_run_at_once(tmp_path, data_dir, smt_run, monkeypatch, number):
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)              # as the shell's default, it would end the tests
-    monkeypatch.setattr(data, "ensure", lambda *_: signal.raise_signal(number))
-    try:
-        assert call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run")).status == 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert not (tmp_path / "run").exists()
+def test_a_signal_while_the_data_is_prepared_ends_the_run_at_once_and_leaves_nothing(tmp_path, data_dir, smt_run, monkeypatch, number):
+    generate = fables.generate
+
+    def interrupted(*arguments):
+        assert any((tmp_path / "data").iterdir())                   # the folder that becomes the data set
+        signal.raise_signal(number)
+        return generate(*arguments)
+    monkeypatch.setattr(fables, "generate", interrupted)
+    result = call(train_smt, *flags("smt", tmp_path / "data", smt_run, tmp_path / "run", "fables"))
+    assert result.status == 130 and result.err.splitlines()[-1] == "interrupted"
+    assert not (tmp_path / "run").exists() and not any((tmp_path / "data").iterdir())
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
