@@ -474,7 +474,7 @@ def forward_flops(config, vocab_size, T, S):
                         + S * 2 * d * d),
             "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, T // 2) + T * last,
             "decoder": (mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last
-                        + (2 * K * d * d if config.encoder == "causal" else 0)),
+                        + (2 * K * d * d if config.encoder == "causal" and config.future_len > 1 else 0)),
             "first": stack(config.decoder_layers, K, K, 1) + last,
             "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K) + 2 * K * d,
                         "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d) + 2 * K * d,
