@@ -84,7 +84,7 @@ SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unr
                  lambda_write=0.0, batch_size=16, max_iters=1100, lr=2e-3, eval_interval=200)
 PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
 PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(memory_tokens=8, teacher_iters=750, max_iters=1400)
-PRESETS["tiny/modular"] = SYNTHETIC | dict(detach=False, relative=False, lambda_dyn=1.0)    # f holds the pairs, D solves for the rule
+PRESETS["tiny/modular"] = SYNTHETIC | dict(detach=False, relative=False, lambda_dyn=1.0)    # else f learns nothing here
 
 
 # ---------------------------------------------------------------------------------------------------------------------
