@@ -102,8 +102,8 @@ def drift(trained, measured, t):
     return {"lines": lines} if lines else {"skipped": "no checkpoint has an encoder that tells these documents apart"}
 
 
-def longer_documents(meta, multiple):
-    """x, y (LENGTH_DOCS, n): held-out documents of a synthetic task, `multiple` times as long as the longest trained on.
+def longer_documents(meta, multiple, count):
+    """x, y (count, n): held-out documents of a synthetic task, `multiple` times as long as the longest trained on.
 
     Only what makes a document long changes: length, or the number of keys. UsageError where there are no such documents.
     """
@@ -116,7 +116,7 @@ def longer_documents(meta, multiple):
     def generate(n_tokens):
         return tasks.TASKS[meta["name"]](datasets.philox(0, multiple, "held out"), n_tokens, **options)[:2]
     n = len(generate(1)[0])                                         # of one document
-    x, y = (torch.from_numpy(part).long().view(LENGTH_DOCS, n) for part in generate(LENGTH_DOCS * n))
+    x, y = (torch.from_numpy(part).long().view(count, n) for part in generate(count * n))
     return x, y.masked_fill(y == tasks.NOTHING, IGNORE)
 
 
@@ -144,7 +144,7 @@ def length(trained, data):
         T, device, found = run.settings.get("seq_len") or run.config.context_len, run.initial_memory.device, {}
         for multiple in LENGTHS:
             try:
-                x, y = longer_documents(run.meta, multiple) if data.kind == "synthetic" else longer_rows(data, T, multiple)
+                x, y = longer_documents(run.meta, multiple, LENGTH_DOCS) if data.kind == "synthetic" else longer_rows(data, T, multiple)
             except UsageError:
                 break
             places = (y != IGNORE).any(0).nonzero().flatten()
@@ -274,12 +274,11 @@ def memory(trained, x, y, meta):
 
 
 def time_tokens(networks, state):
-    """Milliseconds to generate a token in one stream from a state, as sample.py does: the median of TIMED."""
-    seconds, generators = [], sample.seeded(0, 1)
+    """Milliseconds in which sample.py generates a token in one stream from a state: the median of TIMED."""
+    seconds, tokens = [], sample.generate(networks, state, 1.0, 0, sample.seeded(0, 1))
     for _ in range(TIMED):
         begin = time.perf_counter()
-        token = sample.choose(sample.predict(networks, state), 1.0, 0, generators)      # on the CPU: waits for the device
-        state = sample.read(networks, state, token[:, None])
+        next(tokens).cpu()      # waits for the device
         seconds.append(time.perf_counter() - begin)
     return 1000 * median(seconds)
 

@@ -239,10 +239,11 @@ class Encoder(nn.Module):
         at, last = torch.arange(n, device=device), (t + 1).repeat_interleave(K).to(device)     # last: the trunk's place of x_t
         sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)           # (S K, n)
         own = torch.eye(min(S, GROUPS_PER_CALL), dtype=torch.bool, device=device).repeat_interleave(K, 0).repeat_interleave(K, 1)
+        fixed = t.device.type != "cpu" or torch.compiler.is_compiling()         # a new shape would cost more than it saves
         parts = []                              # the registers in parts, whose keys would be of no use to the others:
         for i in range(0, S, GROUPS_PER_CALL):
             which = slice(i * K, min(i + GROUPS_PER_CALL, S) * K)
-            end = int(t[i:i + GROUPS_PER_CALL].max()) + 2 if t.device.type == "cpu" else n     # no trunk place from here on is seen
+            end = n if fixed else int(t[i:i + GROUPS_PER_CALL].max()) + 2       # no trunk place from here on is seen
             size = which.stop - which.start
             parts.append((which, end, torch.cat([sees_trunk[which, :end], own[:size, :size]], dim=1)))
 

@@ -146,7 +146,7 @@ def launch(run, runs, root, scale, jobs):
 
 def note_launch(run, root, jobs, began):
     """Note where and how long a run was running: the machine is part of the result."""
-    threads = 1 if jobs > 1 else torch.get_num_threads()
+    threads = torch.get_num_threads()
     machine = f"{device_name(runtime.choose_device('auto'))}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} a run, " \
               f"{jobs} at a time, torch {torch.__version__}"
     with open(root / run.name / "launches.jsonl", "a") as file:
@@ -162,6 +162,8 @@ def last_words(path, status):
 
 def execute(name, config):
     """Run what is not done of an experiment and write its results; returns how many runs failed or could not be started."""
+    if config.jobs > 1:
+        torch.set_num_threads(1)        # what is asked of a finished run must not slow down the others
     _, runs, root = plan(name, config)
     for data in dict.fromkeys(run.data for run in runs):
         prepare(data, config.source)
@@ -219,7 +221,7 @@ def report(name, config, done):
 
 
 def records_of(run, root, scale, done, look):
-    """The records of a run, as results.py describes them. What `look` says of a finished run is kept in its folder."""
+    """The records of a run, as results.py describes them. What `look` says of a finished run is kept in its folder: seen.json."""
     record = dict(case=run.case, method=run.method, seed=run.seed, panel=run.data, line=run.line, name=run.name, done=done)
     options = tasks.OPTIONS.get(DATA[run.data][0], {}) | DATA[run.data][1]
     if options:
@@ -228,13 +230,14 @@ def records_of(run, root, scale, done, look):
         return [record]
     curve, seen = evaluations(run, root), root / run.name / "seen.json"
     settings = resolve(run.stage, flags_of(run, root, scale))
-    if not seen.exists():
+    changes = json.loads(seen.read_text()) if seen.exists() else None
+    if changes is None or not all((results.FOLDER / name).exists() for change in changes for name in change.get("pictures", ())):
         results.FOLDER.mkdir(parents=True, exist_ok=True)
         changes = look(run, runtime.load(root / run.name), settings["data_dir"], root.name)
         runtime.write_atomically(seen, lambda path: path.write_text(json.dumps(changes)))
     points = [{key: point[key] for key in CURVE if key in point} for point in curve]
     record |= {**curve[-1], "lr": settings["lr"], "max_iters": settings["max_iters"], "flags": run.flags, "curve": points}
-    return [{key: value for key, value in (record | change).items() if value is not None} for change in json.loads(seen.read_text())]
+    return [{key: value for key, value in (record | change).items() if value is not None} for change in changes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,7 +264,8 @@ def plan(name, config):
     """An experiment, its runs, each after its needs, and their folder."""
     experiment = EXPERIMENTS[name]
     root = RUNS / (name if config.scale == 1 else f"{name}-x{config.scale:g}")
-    return experiment, experiment.runs(seeds_of(name, config), config.source), root
+    source = config.source or (place_of("tinystories") / "tinystories" / "meta.json").exists()      # once prepared it is not asked for again
+    return experiment, experiment.runs(seeds_of(name, config), source), root
 
 
 def overview(config):

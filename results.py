@@ -16,9 +16,12 @@ from runtime import write_atomically
 TITLES = {"val_rnn_accuracy": ("Accuracy", ".3f"), "val_rnn_loss": ("Loss, nats per target", ".4f"),
           "val_teacher_loss": ("Loss of encoder and decoder, nats per target", ".4f"), "val_drift": ("Drift", ".4f"),
           "val_gap_to_floor": ("Loss above the floor, nats per target", ".4f"), "seconds": ("Seconds of training", ",.0f"),
-          "tokens": ("Tokens", ",.0f"), "sequential_flops": ("Sequential FLOPs", ".3g"), "lr": ("Learning rate", "g"),
+          "tokens": ("Tokens", ",.0f"), "flops": ("FLOPs of training", ".3g"),
+          "sequential_flops": ("Sequential FLOPs", ".3g"), "lr": ("Learning rate", "g"),
           "max_iters": ("Steps of the last stage (DMT: iterations)", ",.0f"), "uniformity": ("Uniformity of the encoder's memories", ".3f"),
-          "effective_rank": ("Effective rank of the encoder's memories", ".1f"), "chance": ("Accuracy of chance", ".3f")}
+          "effective_rank": ("Effective rank of the encoder's memories", ".1f"),
+          "parameters": ("Parameters of updater and readout", ",.0f"), "chance": ("Accuracy of chance", ".3f")}
+LOGARITHMIC = ("val_rnn_loss", "val_drift", "tokens", "sequential_flops")       # axes
 FOLDER = Path("results")
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777"]     # told apart by the colour-blind, too
 
@@ -90,11 +93,22 @@ def write(name, facts, records, metrics, figure):
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures: each maker returns figure(records, path), which draws the chosen records and returns lines to print below the tables
 
-def panels(rows, columns, width, height):
+def panels(heights, columns, width):
     """A matplotlib figure without the global state of pyplot, and its axes (rows, columns); sizes in inches, of a panel."""
     from matplotlib.figure import Figure
-    figure = Figure((width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure((width * columns, sum(heights)), layout="constrained")
+    return figure, figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+
+
+def scale(ax, which, metric):
+    """Make the axis `which`, x or y, logarithmic where the numbers of a metric range over several powers of ten."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    if metric in LOGARITHMIC:
+        ax.set(**{f"{which}scale": "log"})
+        axis = ax.xaxis if which == "x" else ax.yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(EngFormatter(sep="") if metric in ("tokens", "sequential_flops") else "{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure, path):
@@ -116,20 +130,28 @@ def colours(records, key="method"):
     return dict(zip(dict.fromkeys(r[key] for r in records), COLOURS * 2))
 
 
-def dots(*metrics):
-    """A panel for each metric: a line for each case; for each method a dot at the mean and a bar from the least to the greatest seed."""
+def dots(*metrics, apart=False):
+    """A panel for each metric: a line for each case; for each method a dot at the mean and a bar from the least to the greatest seed.
+
+    apart: panels for each data set.
+    """
     def figure(records, path):
-        cells, cases, colour = summarise(records, metrics), list(dict.fromkeys(r["case"] for r in records)), colours(records)
-        drawing, axes = panels(1, len(metrics), 4.5, 1.2 + 0.3 * len(cases))
-        for ax, metric in zip(axes[0], metrics):
-            for (case, method), numbers in cells.items():
-                if values := numbers.get(metric):
-                    at = cases.index(case) + 0.6 * (list(colour).index(method) + 0.5) / len(colour) - 0.3
-                    ax.plot([min(values), max(values)], [at, at], color=colour[method], lw=2)
-                    ax.plot([np.mean(values)], [at], "o", ms=5, color=colour[method], label=method)
-            ax.set(xlabel=TITLES[metric][0], ylim=(len(cases) - 0.5, -0.5))
-            ax.set_yticks(range(len(cases)), cases if ax is axes[0, 0] else [""] * len(cases))
-            ax.grid(alpha=0.3)
+        cells, colour, groups = summarise(records, metrics), colours(records), {}
+        for record in records:
+            cases = groups.setdefault(record["panel"] if apart else "", [])
+            cases += [record["case"]] * (record["case"] not in cases)
+        drawing, axes = panels([1.2 + 0.3 * len(cases) for cases in groups.values()], len(metrics), 4.5)
+        for row, cases in zip(axes, groups.values()):
+            for ax, metric in zip(row, metrics):
+                for (case, method), numbers in cells.items():
+                    if case in cases and (values := numbers.get(metric)):
+                        at = cases.index(case) + 0.6 * (list(colour).index(method) + 0.5) / len(colour) - 0.3
+                        ax.plot([min(values), max(values)], [at, at], color=colour[method], lw=2)
+                        ax.plot([np.mean(values)], [at], "o", ms=5, color=colour[method], label=method)
+                scale(ax, "x", metric)
+                ax.set(xlabel=TITLES[metric][0], ylim=(len(cases) - 0.5, -0.5))
+                ax.set_yticks(range(len(cases)), cases if ax is row[0] else [""] * len(cases))
+                ax.grid(alpha=0.3)
         save(drawing, path)
         return []
     return figure
@@ -138,10 +160,9 @@ def dots(*metrics):
 def curves(spent, metrics):
     """A line of panels for each data set and metric, a panel for each of the `spent`: how a number falls, a line for each run."""
     def figure(records, path):
-        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
         runs, colour = chosen(records), colours(records, "line")
         lines = [(case, metric) for case in dict.fromkeys(r["panel"] for r in records) for metric in metrics]
-        drawing, axes = panels(len(lines), len(spent), 4.5, 3.0)
+        drawing, axes = panels([3.0] * len(lines), len(spent), 4.5)
         for row, (case, metric) in zip(axes, lines):
             for ax, amount in zip(row, spent):
                 for run in (r for r in runs if r["panel"] == case):
@@ -150,11 +171,8 @@ def curves(spent, metrics):
                         ax.plot(*zip(*points), ".-", lw=1, color=colour[run["line"]], label=run["line"])
                 ax.set(xlabel=TITLES[amount][0], ylabel=TITLES[metric][0], title=case)
                 ax.grid(alpha=0.3)
-                if amount != "seconds":
-                    ax.set_xscale("log")
-                    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-                    ax.xaxis.set_minor_formatter(NullFormatter())
+                scale(ax, "x", amount)
+                scale(ax, "y", metric)
         save(drawing, path)
         return []
     return figure
@@ -172,13 +190,14 @@ def against(*metrics, fit=False):
     def figure(records, path):
         runs, colour, lines = chosen(records), colours(records), []
         names = list(dict.fromkeys(r["panel"] for r in runs))
-        drawing, axes = panels(len(metrics), max(1, len(names)), 4.0, 3.2)
+        drawing, axes = panels([3.2] * len(metrics), max(1, len(names)), 4.0)
         for (metric, row), (name, method) in itertools.product(zip(metrics, axes), itertools.product(names, colour)):
             ax, points = row[names.index(name)], {}
             for r in (r for r in runs if (r["panel"], r["method"]) == (name, method) and metric in r):
                 points.setdefault(r["value"], []).append(r[metric])
             x, y = sorted(points), [float(np.mean(points[value])) for value in sorted(points)]
             ax.set(xlabel=name, ylabel=TITLES[metric][0], xscale="log", yscale="log" if fit else "linear")
+            scale(ax, "y", metric)
             ax.grid(alpha=0.3)
             if not points:
                 continue

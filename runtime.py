@@ -7,7 +7,7 @@ Nothing in here knows what a memory is. A train script uses it in this order:
     module = runtime.distribute(networks, loss, run)    one module that returns the loss: DDP, torch.compile
     first_step = runtime.begin(run, config, ...)        --resume or --init_from, then the run's folder
     run.count(losses), run.log_training(step, ...)      one JSON object a line in metrics.jsonl
-    runtime.save(run, "smt", step, ...)                 the checkpoint, atomically
+    runtime.save(run, "smt", step, numbers, ...)        the checkpoint, atomically; then the evaluation's line
 """
 import argparse
 import dataclasses
@@ -281,9 +281,7 @@ class Run:
         self.sums, self.since = {}, {"step": step, **self.spent}
 
     def log_evaluation(self, step, numbers):
-        """Log and print the numbers of an evaluation. DataError if the loss is not finite."""
-        if not math.isfinite(numbers["val_rnn_loss"]):
-            raise DataError(f"the held-out loss is {numbers['val_rnn_loss']} at step {step}; the last checkpoint stays as it was")
+        """Log and print the numbers of an evaluation."""
         self.log(step, **numbers)
         shown = "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in numbers.items())
         self.print(f"step {step:6d}  held out:  {shown}  ({self.spent['seconds']:.0f} s of training)")
@@ -312,10 +310,7 @@ def choose_device(name, local_rank=0):
         if device.index >= torch.cuda.device_count():
             raise UsageError(f"--device={name}, but there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9; the old switch must not be mixed in
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-        else:
-            torch.backends.cuda.matmul.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")      # TF32; after backends.cuda.matmul.fp32_precision torch.compile may fail
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device=mps, but torch sees no such device here")
     elif device.type not in ("cpu", "cuda", "mps"):
@@ -361,11 +356,14 @@ def begin(run, config, data, networks, optimizer):
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, ValueError):
             raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}: its optimiser does not fit") from None
+        began_with = checkpoint["config"].get("init_from")
+        if bool(began_with) != bool(config.init_from):      # which decides what the first steps of a run train
+            raise UsageError(f"--resume: the run began {f'with --init_from={began_with}' if began_with else 'without --init_from'}")
         step, run.spent = checkpoint["step"], checkpoint["spent"]
         run.since = {"step": step, **run.spent}
         kept = [line for line in read_log(log) if line["step"] < step or line["step"] == step and "train_loss" in line]  # it evaluates anew
         changed = [f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in told.items()
-                   if name not in ("resume", "init_from") and checkpoint["config"].get(name) != value]
+                   if name != "resume" and checkpoint["config"].get(name) != value]
         run.print("; ".join([f"resumed at step {step}", *changed]))
     elif config.init_from:
         checkpoint = load(config.init_from, run.device)
@@ -556,19 +554,25 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:    # torch.save raises the latter for a full disk
         raise DataError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def save(run, stage, step, config, data, networks, optimizer, **content):
-    """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True can load it."""
-    if not run.is_main:
-        return
+def save(run, stage, step, numbers, config, data, networks, optimizer, **content):
+    """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True can load it.
+
+    Then log the numbers of its evaluation: what the log has an evaluation of is saved. DataError if their loss or a weight is
+    not finite.
+    """
+    if not math.isfinite(numbers["val_rnn_loss"]):
+        raise DataError(f"the held-out loss is {numbers['val_rnn_loss']} at step {step}; the last checkpoint stays as it was")
     if not all(bool(p.isfinite().all()) for p in networks.parameters()):
         raise DataError(f"a weight became infinite or NaN before step {step}; the last checkpoint stays as it was")
-    content |= dict(stage=stage, step=step, spent=run.spent, config=dataclasses.asdict(config),
-                    data=data.meta,
+    content |= dict(stage=stage, step=step, spent=run.spent, config=dataclasses.asdict(config), data=data.meta,
                     model=networks.state_dict(), optimizer=optimizer.state_dict())
-    write_atomically(run.checkpoint_path, lambda path: torch.save(content, path))
+    if run.is_main:
+        write_atomically(run.checkpoint_path, lambda path: torch.save(content, path))
+    run.log_evaluation(step, numbers)
 
 
 def load(path, map_location="cpu"):

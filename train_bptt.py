@@ -57,8 +57,8 @@ PRESETS = {
                   batch_size=128, max_iters=150_000, lr=3e-4, lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
 SYNTHETIC = dict(memory_tokens=4, batch_size=64, max_iters=1000, lr=1e-3)
-PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
-PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(memory_tokens=8)
+TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(memory_tokens=8)}
+PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
 def unroll(updater, memory, x, truncate=0):
@@ -118,8 +118,7 @@ def main():
             with run.evaluating():
                 initial_memory = normalise(networks.initial_memory)
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-            run.log_evaluation(step, numbers)
-            runtime.save(run, "bptt", step, config, data, networks, optimizer, model_config=asdict(model_config(config)),
+            runtime.save(run, "bptt", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
                          initial_memory=initial_memory)
         if last:
             break

@@ -64,10 +64,11 @@ PRESETS = {
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
 }
 SYNTHETIC = dict(batch_size=32, max_iters=1000, label_stride=4, unroll=4, eval_interval=100)
-PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
-PRESETS["tiny/retrieval"] = SYNTHETIC | dict(max_iters=100, eval_interval=25)      # little is left to learn
-PRESETS["tiny/modular"] = SYNTHETIC | dict(relative=False, lambda_dyn=5.0)
-PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(batch_size=64, max_iters=600, updates=1)
+TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {
+    "retrieval": SYNTHETIC | dict(max_iters=100, eval_interval=25),                         # little is left to learn
+    "modular": SYNTHETIC | dict(relative=False, lambda_dyn=5.0),
+    "keyvalue": SYNTHETIC | dict(batch_size=64, max_iters=600, updates=1)}
+PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,9 +224,8 @@ def main():
         if step % config.eval_interval == 0 or last:
             with run.evaluating():
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-            run.log_evaluation(step, numbers)
             extra = {"memory": run.gather(memory)} if memory is not None else {}
-            runtime.save(run, "dmt", step, config, data, networks, optimizer, model_config=asdict(model_config),
+            runtime.save(run, "dmt", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config),
                          initial_memory=initial_memory, **extra)
         if last:
             break
@@ -247,7 +247,7 @@ def main():
             with run.autocast():
                 collected.append(roll_out_and_label(networks, rows, begins, h, torch.cat([runs for runs, _ in pairs]), start))
         before, after, labels = (torch.cat(parts) for parts in zip(*collected))
-        memory = after[:, -1] if config.persistent else None
+        memory = after[:, -1].clone() if config.persistent else None     # a view would keep, and save, all steps
 
         lr = runtime.learning_rate(step, config)
         place = 0

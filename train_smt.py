@@ -82,9 +82,10 @@ PRESETS = {
 }
 SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unroll=4, trunk_iters=150, teacher_iters=550, lambda_near=0.0,
                  lambda_write=0.0, batch_size=16, max_iters=1100, lr=2e-3, eval_interval=200)
-PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
-PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(memory_tokens=8, teacher_iters=750, max_iters=1400)
-PRESETS["tiny/modular"] = SYNTHETIC | dict(detach=False, relative=False, lambda_dyn=1.0)    # else f learns nothing here
+TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {
+    "keyvalue": SYNTHETIC | dict(memory_tokens=8, teacher_iters=750, max_iters=1400),
+    "modular": SYNTHETIC | dict(detach=False, relative=False, lambda_dyn=1.0)}              # else f learns nothing here
+PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,9 +112,10 @@ def uniformity(memory):
     if len(memory) == 1:
         return memory.new_zeros(())
     u = F.normalize(memory, dim=-1)
-    distance = 2 - 2 * u @ u.T
-    others = ~torch.eye(len(u), dtype=torch.bool, device=u.device)
-    return (-2 * distance).masked_fill(~others, -torch.inf).flatten().logsumexp(0) - math.log(len(u) * (len(u) - 1))
+    with torch.autocast(u.device.type, enabled=False):      # a product in bf16 would be too coarse where tokens are close
+        distance = 2 - 2 * u @ u.T
+        others = ~torch.eye(len(u), dtype=torch.bool, device=u.device)
+        return (-2 * distance).masked_fill(~others, -torch.inf).flatten().logsumexp(0) - math.log(len(u) * (len(u) - 1))
 
 
 def trunk_loss(networks, trunk, y, count):
@@ -251,7 +253,8 @@ def step_flops(config, networks, vocab_size, T, phase=2):
     if phase == 0:
         layers = config.encoder_layers - config.register_layers
         return 3 * config.batch_size * forward["trunk"], 3 * chain["encoder"] * layers // config.encoder_layers
-    teacher = forward["encoder"] + decoded * forward["decoder"]
+    head = T * 2 * config.d_model * vocab_size if config.lambda_trunk else 0
+    teacher = forward["encoder"] + decoded * forward["decoder"] + head
     held = R * forward["decoder"] if config.lambda_hold else 0
     writes = 0
     if config.lambda_write:             # all memories without gradients; the trunk is known
@@ -290,8 +293,7 @@ def main():
             with run.evaluating():
                 initial_memory = networks["encoder"].initial_memory()
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-            run.log_evaluation(step, numbers)
-            runtime.save(run, "smt", step, config, data, networks, optimizer, model_config=model_fields(config),
+            runtime.save(run, "smt", step, numbers, config, data, networks, optimizer, model_config=model_fields(config),
                          initial_memory=initial_memory)
         if last:
             break

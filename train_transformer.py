@@ -54,8 +54,8 @@ PRESETS = {
                   batch_size=128, max_iters=150_000, lr=3e-4, lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
 SYNTHETIC = dict(decoder_layers=2, batch_size=64, max_iters=1000, lr=1e-3, eval_interval=250)
-PRESETS |= {f"tiny/{name}": SYNTHETIC for name in tasks.TASKS}
-PRESETS["tiny/keyvalue"] = SYNTHETIC | dict(decoder_layers=6)
+TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(decoder_layers=6)}
+PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
 def transformer_loss(networks, x, y, count):
@@ -97,8 +97,7 @@ def main():
         if step % config.eval_interval == 0 or last:
             with run.evaluating():
                 numbers = evaluate(networks, no_memory, val_x, val_y, data.meta)
-            run.log_evaluation(step, numbers)
-            runtime.save(run, "transformer", step, config, data, networks, optimizer, model_config=asdict(model_config(config)),
+            runtime.save(run, "transformer", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
                          initial_memory=no_memory)
         if last:
             break

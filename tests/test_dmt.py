@@ -393,6 +393,7 @@ def test_persistent_streams_go_on_where_they_ended_and_their_memory_with_them(tm
             assert torch.equal(x[row], fables.train.tokens[begin:begin + 100].long())
         assert torch.equal(start, calls[step - 1][4][:, -1]) if step else start is None
     assert torch.equal(last["memory"], calls[-1][4][:, -1])
+    assert last["memory"].untyped_storage().nbytes() == last["memory"].nbytes         # without the memories before it
 
 
 def test_persistent_streams_begin_anew_from_the_encoder_when_their_part_ends(tmp_path, monkeypatch, data_dir, smt_run):

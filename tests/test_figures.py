@@ -121,16 +121,15 @@ def answers(name, row, options):
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_longer_documents_have_their_length_and_right_answers(name, multiple, monkeypatch):
-    monkeypatch.setattr(figures, "LENGTH_DOCS", 3)
+def test_longer_documents_have_their_length_and_right_answers(name, multiple):
     options = tasks.OPTIONS[name] | ({"length": (4, 6)} if "length" in tasks.OPTIONS[name] else {"keys": 3})
-    x, y = figures.longer_documents({"name": name, "options": json.loads(json.dumps(options))}, multiple)       # as meta.json has them
+    x, y = figures.longer_documents({"name": name, "options": json.loads(json.dumps(options))}, multiple, 3)    # as meta.json has them
     n = {"retrieval": 6, "stack": 6, "copy": 12, "modular": 12}.get(name, 0) * multiple or 4 * (3 * multiple + 1)
     assert x.shape == y.shape == (3, n) and (y != IGNORE).any(1).all()
     longer = options | ({"keys": 3 * multiple} if name == "keyvalue" else {})
     for row, targets in zip(x.tolist(), y.tolist()):
         assert targets == answers(name, row, longer)
-    again, _ = figures.longer_documents({"name": name, "options": options}, multiple)
+    again, _ = figures.longer_documents({"name": name, "options": options}, multiple, 3)
     assert torch.equal(x, again)
 
 

@@ -246,6 +246,35 @@ def test_steps_of_a_baseline_spend_the_seconds_and_tokens_of_both_stages(place):
     assert [line["seconds"] for line in reproduce.evaluations(second, root)] == [30.0, 40.0, 50.0]      # SMT's are added
 
 
+def test_pictures_that_are_gone_are_painted_again(place, monkeypatch):
+    painted = []
+
+    def look(run, checkpoint, place, name):
+        painted.append(run.name)
+        (results.FOLDER / "picture.png").write_text("a picture")
+        return [{"pictures": ["picture.png"]}]
+
+    add(monkeypatch, "mini", EXPERIMENTS["mini"].runs, look=look)
+    in_process(monkeypatch)
+    for deleted, times in (((), 1), ((), 1), (("picture.png",), 2)):
+        for name in deleted:
+            (place / "results" / name).unlink()
+        assert call(reproduce, "mini").status == 0 and len(painted) == times
+    assert "![picture.png](picture.png)" in (place / "results" / "mini.md").read_text()
+
+
+def test_text_has_tinystories_where_its_files_are_given_or_it_is_prepared(place):
+    def names():
+        return {run.data for run in reproduce.plan("text", config)[1]}
+    config = reproduce.Config(source="folder")
+    assert names() == {"fables", "tinystories"}
+    config = reproduce.Config()
+    assert names() == {"fables"}
+    (reproduce.place_of("tinystories") / "tinystories").mkdir(parents=True)
+    (reproduce.place_of("tinystories") / "tinystories" / "meta.json").write_text("{}")
+    assert names() == {"fables", "tinystories"}
+
+
 def record(case, method, seed, loss, **numbers):
     return dict(case=case, method=method, seed=seed, done=True, val_rnn_loss=loss, panel=case, line=method, **numbers)
 

@@ -22,6 +22,7 @@ import evaluate
 import fables
 import runtime
 import sample
+import tasks
 import train_bptt
 import train_dmt
 import train_smt
@@ -274,6 +275,32 @@ def test_resuming_says_from_where_and_which_flags_are_others(tmp_path, data_dir,
     assert changed == "resumed at step 4; --max_iters=6, was 4; --lr=0.5, was 0.01"
 
 
+def test_a_run_that_went_on_from_other_weights_is_resumed_as_one_that_did(tmp_path, data_dir, smt_run):
+    """Without --init_from the first steps would train the trunk again, and then replace decoder and readout."""
+    phases = "--encoder=causal --encoder_layers=2 --trunk_iters=2 --teacher_iters=2 --eval_interval=1 --log_interval=1 --max_iters=".split()
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path / "first"), *phases[:-1]]
+    trained(train_smt, *arguments, "--max_iters=6")
+    source, arguments = f"--init_from={tmp_path / 'first'}", [*arguments, f"--out_dir={tmp_path / 'second'}"]
+    trained(train_smt, *arguments, source, "--max_iters=1")
+    refused(call(train_smt, *arguments, "--resume", "--max_iters=6"), 2, f"the run began with {source}")
+    trained(train_smt, *arguments, source, "--resume", "--max_iters=6")
+    refused(call(train_smt, *arguments, f"--out_dir={tmp_path / 'first'}", source, "--resume"), 2, "the run began without --init_from")
+
+
+def test_what_the_log_has_an_evaluation_of_is_saved(tmp_path, monkeypatch, data_dir, smt_run):
+    save, saved = torch.save, []
+
+    def full(content, path):
+        if saved:
+            raise OSError(28, "No space left on device")
+        save(content, path)
+        saved.append(content["step"])
+
+    monkeypatch.setattr(torch, "save", full)
+    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--eval_interval=2"), 1, "No space left on device")
+    assert [line["step"] for line in metrics(tmp_path) if "val_rnn_loss" in line] == saved == [0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_data_is_prepared_ends_the_run_at_once_and_leaves_nothing(tmp_path, data_dir, smt_run, monkeypatch, number):
     generate = fables.generate
@@ -418,6 +445,8 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             raise error
         return write
 
+    with pytest.raises(DataError, match="cannot write .*Not a directory"):
+        runtime.write_atomically(path / "within", lambda temporary: temporary.write_text("half"))
     for error in (OSError(28, "No space left on device"), RuntimeError("enforce fail: file write failed")):
         with pytest.raises(DataError, match="cannot write .*ckpt.pt: (No space|enforce fail)"):
             runtime.write_atomically(path, fails_after("half", error))
@@ -521,10 +550,12 @@ def test_the_first_phases_fit_into_short_runs_and_end_with_a_log_line(trunk_iter
     assert train_smt.phases(replace(config, init_from="runs/fables-smt")) == [0, 0]         # has learned already
 
 
-@pytest.mark.parametrize("arguments", ["", "--preset=small", "--dataset=copy", "--dataset=keyvalue", "--dataset=tinystories --preset=tiny"])
+@pytest.mark.parametrize("arguments", ["", "--preset=small", "--dataset=copy", "--dataset=keyvalue", "--dataset=keyvalue --preset=small",
+                                       "--dataset=tinystories --preset=tiny"])
 def test_presets_name_the_phases_that_they_get_and_bptt_trains_the_same_rnn_on_the_same_rows(arguments):
     smt, bptt = (runtime.parse(script.Config, arguments.split(), script.PRESETS) for script in (train_smt, train_bptt))
     assert train_smt.phases(smt) == [smt.trunk_iters, smt.trunk_iters + smt.teacher_iters]
+    assert smt.dataset not in tasks.TASKS or smt.unroll <= 4                                # copy has 12 tokens
     for name in ("updater", "d_model", "n_heads", "memory_tokens", "updater_layers", "readout_layers", "seq_len", "p_start"):
         assert getattr(smt, name) == getattr(bptt, name), name
 

@@ -358,6 +358,10 @@ def test_uniformity_is_that_of_the_paper_and_least_for_memories_far_apart():
     assert uniformity(torch.tensor([[1., 0], [-1, 0]])) == -8
     one_place = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.grad(uniformity(one_place), one_place)[0].isfinite().all()
+    close = 1 + 0.1 * torch.randn(7, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(uniformity(close), u := uniformity(close)) and u.dtype == torch.float32
+    torch.testing.assert_close(u, reference_uniformity(close.double()).float(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 12, 16, 20])

@@ -170,7 +170,8 @@ def test_held_out_numbers_equal_a_reference_on_documents_longer_than_the_context
                                      "val_gap_to_floor": np.mean(losses) - 0.25}, rel=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small", "paper", "tiny/retrieval", "tiny/keyvalue", "tiny/tinystories"])
+@pytest.mark.parametrize("preset", ["tiny", "small", "paper", "tiny/retrieval", "tiny/keyvalue", "tiny/tinystories", "small/retrieval",
+                                    "small/keyvalue"])
 def test_presets_are_as_large_as_the_rnn_and_see_the_same_rows(preset):
     ours, rnn = (script.Config(**script.PRESETS[preset.split("/")[0]] | script.PRESETS[preset])
                  for script in (train_transformer, train_bptt))
