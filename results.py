@@ -22,6 +22,7 @@ TITLES = {"val_rnn_accuracy": ("Accuracy", ".3f"), "val_rnn_loss": ("Loss, nats 
           "effective_rank": ("Effective rank of the encoder's memories", ".1f"),
           "parameters": ("Parameters of updater and readout", ",.0f"), "chance": ("Accuracy of chance", ".3f")}
 LOGARITHMIC = ("val_rnn_loss", "val_drift", "tokens", "sequential_flops")       # axes
+LEAST = 1e-4            # losses below are drawn here
 FOLDER = Path("results")
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777"]     # told apart by the colour-blind, too
 
@@ -100,13 +101,19 @@ def panels(heights, columns, width):
     return figure, figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
 
 
+def shown(metric, values):
+    """The values of a metric as they are drawn."""
+    return [max(value, LEAST) for value in values] if metric in LOGARITHMIC else list(values)
+
+
 def scale(ax, which, metric):
-    """Make the axis `which`, x or y, logarithmic where the numbers of a metric range over several powers of ten."""
+    """Make the axis `which`, x or y, logarithmic where the numbers of a metric, drawn before, range over powers of ten."""
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
     if metric in LOGARITHMIC:
         ax.set(**{f"{which}scale": "log"})
         axis = ax.xaxis if which == "x" else ax.yaxis
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         axis.set_major_formatter(EngFormatter(sep="") if metric in ("tokens", "sequential_flops") else "{x:g}")
         axis.set_minor_formatter(NullFormatter())
 
@@ -141,16 +148,17 @@ def dots(*metrics, apart=False):
             cases = groups.setdefault(record["panel"] if apart else "", [])
             cases += [record["case"]] * (record["case"] not in cases)
         drawing, axes = panels([1.2 + 0.3 * len(cases) for cases in groups.values()], len(metrics), 4.5)
-        for row, cases in zip(axes, groups.values()):
+        for row, (name, cases) in zip(axes, groups.items()):
+            labels = [case.removeprefix(f"{name}, ") for case in cases]
             for ax, metric in zip(row, metrics):
                 for (case, method), numbers in cells.items():
-                    if case in cases and (values := numbers.get(metric)):
+                    if case in cases and (values := shown(metric, numbers.get(metric, ()))):
                         at = cases.index(case) + 0.6 * (list(colour).index(method) + 0.5) / len(colour) - 0.3
                         ax.plot([min(values), max(values)], [at, at], color=colour[method], lw=2)
                         ax.plot([np.mean(values)], [at], "o", ms=5, color=colour[method], label=method)
                 scale(ax, "x", metric)
-                ax.set(xlabel=TITLES[metric][0], ylim=(len(cases) - 0.5, -0.5))
-                ax.set_yticks(range(len(cases)), cases if ax is row[0] else [""] * len(cases))
+                ax.set(xlabel=TITLES[metric][0], ylim=(len(cases) - 0.5, -0.5), title=name)
+                ax.set_yticks(range(len(cases)), labels if ax is row[0] else [""] * len(cases))
                 ax.grid(alpha=0.3)
         save(drawing, path)
         return []
@@ -166,9 +174,9 @@ def curves(spent, metrics):
         for row, (case, metric) in zip(axes, lines):
             for ax, amount in zip(row, spent):
                 for run in (r for r in runs if r["panel"] == case):
-                    points = [(point[amount], point[metric]) for point in run["curve"] if metric in point and point[amount] > 0]
+                    points = [point for point in run["curve"] if metric in point and point[amount] > 0]
                     if points:
-                        ax.plot(*zip(*points), ".-", lw=1, color=colour[run["line"]], label=run["line"])
+                        ax.plot([point[amount] for point in points], shown(metric, [point[metric] for point in points]), ".-", lw=1, color=colour[run["line"]], label=run["line"])
                 ax.set(xlabel=TITLES[amount][0], ylabel=TITLES[metric][0], title=case)
                 ax.grid(alpha=0.3)
                 scale(ax, "x", amount)
@@ -197,14 +205,14 @@ def against(*metrics, fit=False):
                 points.setdefault(r["value"], []).append(r[metric])
             x, y = sorted(points), [float(np.mean(points[value])) for value in sorted(points)]
             ax.set(xlabel=name, ylabel=TITLES[metric][0], xscale="log", yscale="log" if fit else "linear")
-            scale(ax, "y", metric)
             ax.grid(alpha=0.3)
             if not points:
                 continue
-            ax.plot(x, y, "o" if fit else "o-", color=colour[method], label=method)
-            ax.vlines(x, *zip(*((min(points[value]), max(points[value])) for value in x)), color=colour[method])
+            ax.plot(x, shown(metric, y), "o" if fit else "o-", color=colour[method], label=method)
+            ax.vlines(x, *zip(*(shown(metric, (min(points[value]), max(points[value]))) for value in x)), color=colour[method])
             ax.set_xticks(values := sorted({r["value"] for r in runs if r["panel"] == name}), map(str, values), minor=False)
             ax.xaxis.minorticks_off()
+            scale(ax, "y", metric)
             if fit and len(x) > 1 and min(y) > 0:
                 a, b = power_law(x, y)
                 ax.plot(x, [a * value ** b for value in x], "--", color=colour[method])
