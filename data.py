@@ -19,6 +19,7 @@ nothing after its last pixel. A `synthetic` document has its own targets. Downlo
 """
 import difflib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -64,16 +65,31 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training rows
 
+def free_bytes(device):
+    """How much memory a device has left for a data set; the CPU's is mapped from the file."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
 @dataclass
 class Split:
-    """tokens (N,) uint8 and targets (N,) uint8 or None, on any device; starts (D,) int64, on the CPU."""
+    """tokens (N,) uint8 and targets (N,) uint8 or None, on any device; starts (D,) int64, on the CPU; the device that rows are for."""
     tokens: torch.Tensor
     targets: torch.Tensor | None
     starts: torch.Tensor
+    device: torch.device = torch.device("cpu")
 
     def to(self, device):
-        """The split with its tokens and targets on a device."""
-        return Split(self.tokens.to(device), None if self.targets is None else self.targets.to(device), self.starts)
+        """The split with rows on a device, and its tokens and targets, too, if they take a quarter of what is free there at most."""
+        streams = self.tokens, self.targets
+        if sum(stream.nbytes for stream in streams if stream is not None) <= free_bytes(device) / 4:
+            streams = (None if stream is None else stream.to(device) for stream in streams)
+        return Split(*streams, self.starts, device)
+
+    def rows(self, x, y):
+        """Rows on the device that they are for; to CUDA from pinned memory, which nobody waits for."""
+        if x.device.type == "cpu" and self.device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
 
 @dataclass
@@ -127,7 +143,7 @@ def documents_end(n_tokens, meta):
 def document_rows(split, meta, begin, length, cut):
     """Rows of `length` tokens that begin at the positions `begin` (B,) of a split.
 
-    Returns x (B, T) and y (B, T), int64, on the device of the tokens: x is PAD and y is IGNORE past the end, which is
+    Returns x (B, T) and y (B, T), int64, on split.device: x is PAD and y is IGNORE past the end, which is
     that of the document if `cut`, else that of the stream.
     """
     n_tokens, device = len(split.tokens), split.tokens.device
@@ -147,10 +163,10 @@ def document_rows(split, meta, begin, length, cut):
     x = torch.where(inside[:, :-1], tokens[:, :-1], meta["vocab_size"])
     if split.targets is not None:
         y = split.targets[index[:, :-1]].long()
-        return x, torch.where(inside[:, :-1] & (y != NOTHING_ASKED), y, IGNORE)
+        return split.rows(x, torch.where(inside[:, :-1] & (y != NOTHING_ASKED), y, IGNORE))
     if meta["kind"] == "text":                       # the separator after a document is its last target
         inside = position < (end + 1).clamp(max=n_tokens)
-    return x, torch.where(inside[:, 1:], tokens[:, 1:], IGNORE)
+    return split.rows(x, torch.where(inside[:, 1:], tokens[:, 1:], IGNORE))
 
 
 def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, rank=0, world_size=1):
@@ -158,7 +174,7 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
 
     A row begins at a document's start with probability p_start, else anywhere in the stream; rows of pictures and of
     synthetic tasks are always whole documents. Returns x, y (batch_size / world_size, seq_len) int64 on the device
-    of the tokens, and the positions t (n_positions,) int64 of the step: on the CPU, in random order, distinct if they can be.
+    they are for, and the positions t (n_positions,) int64 of the step: on the CPU, in random order, distinct if they can be.
     """
     if batch_size % world_size:
         raise UsageError(f"--batch_size={batch_size} must be a multiple of the number of processes, {world_size}")

@@ -126,6 +126,19 @@ def test_the_slices_of_the_ranks_make_up_the_batch_of_one_process(some, world_si
     assert all(torch.equal(t, part[2]) for part in parts)
 
 
+@ALL
+def test_streams_that_do_not_fit_on_the_device_stay_and_rows_are_copied_there(some, monkeypatch):
+    device, size = torch.device("meta"), sum(stream.nbytes for stream in (some.train.tokens, some.train.targets) if stream is not None)
+    for free, place in ((4 * size, "meta"), (4 * size - 1, "cpu")):
+        monkeypatch.setattr(data, "free_bytes", lambda device: free)
+        moved = some.train.to(device)
+        assert moved.tokens.device.type == place and (moved.targets is None or moved.targets.device.type == place)
+        x, y = data.document_rows(moved, some.meta, some.train.starts, 5, cut=True)
+        assert x.device == y.device == device and x.shape == y.shape == (len(some.train.starts), 5)
+    x, y, _ = batch(some)
+    assert x.device == y.device == torch.device("cpu")
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused():
     with pytest.raises(UsageError, match="--batch_size=16 must be a multiple"):
         batch(TEXT, rank=0, world_size=3)
