@@ -66,7 +66,6 @@ PRESETS = {
 SYNTHETIC = dict(batch_size=32, max_iters=1000, label_stride=4, unroll=4, eval_interval=100)
 TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {
     "retrieval": SYNTHETIC | dict(max_iters=100, eval_interval=25),                         # little is left to learn
-    "modular": SYNTHETIC | dict(relative=False, lambda_dyn=5.0),
     "keyvalue": SYNTHETIC | dict(batch_size=64, max_iters=600, updates=1)}
 PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 

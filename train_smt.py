@@ -82,9 +82,7 @@ PRESETS = {
 }
 SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unroll=4, trunk_iters=150, teacher_iters=550, lambda_near=0.0,
                  lambda_write=0.0, batch_size=16, max_iters=1100, lr=2e-3, eval_interval=200)
-TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {
-    "keyvalue": SYNTHETIC | dict(memory_tokens=8, teacher_iters=750, max_iters=1400),
-    "modular": SYNTHETIC | dict(detach=False, relative=False, lambda_dyn=1.0)}              # else f learns nothing here
+TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(memory_tokens=8, teacher_iters=750, max_iters=1400)}
 PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
