@@ -318,6 +318,9 @@ def choose_device(name, local_rank=0):
     return device
 
 
+COMPILED_SHAPES = 32    # DMT has one for each horizon and part of a roll-out; past the limit torch.compile silently compiles no more
+
+
 def start(config, stage):
     """Join the other processes (torchrun), choose device and precision, make the output folder, print it all in one line."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -330,6 +333,8 @@ def start(config, stage):
     torch.manual_seed(config.seed % 2**63)
 
     compile = config.compile if config.compile is not None else device.type == "cuda"
+    if compile:
+        torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
     run = Run(device, rank, world_size, Path(config.out_dir or f"runs/{config.dataset}-{stage}"), compile, config.log_interval)
 
     if config.resume and not run.checkpoint_path.exists():

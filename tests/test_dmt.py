@@ -348,6 +348,16 @@ def test_a_growing_horizon_cuts_the_rows_into_pieces(tmp_path, monkeypatch, data
     assert shapes == [([0, 2, 4, 6], 2, (64, 2)), ([0, 2, 4, 6], 2, (64, 2)), ([0, 4], 4, (32, 4)), ([0], 8, (16, 8))]
 
 
+@pytest.mark.parametrize("preset, T", [("tiny", 219), ("small", 784), ("paper", 784), ("small", 1024)])
+def test_no_run_has_more_shapes_than_are_compiled(preset, T):
+    config, shapes = Config(**train_dmt.PRESETS[preset]), set()
+    for step in range(0, config.max_iters, 3):
+        h = horizon_at(step, config, min(config.horizon or T, T))
+        begins, pairs = choose_pairs(config, step, T, h)
+        shapes |= {(len(begins), h, runs.shape, reads.shape) for runs, reads in pairs}
+    assert 1 <= len(shapes) <= runtime.COMPILED_SHAPES
+
+
 @pytest.mark.parametrize("dataset, flags", [("retrieval", ["--grow=0.75", "--label_stride=2"]),
                                             ("fables", ["--seq_len=20", "--horizon=7", "--p_start=0"]),
                                             ("fables", ["--seq_len=20", "--horizon=7", "--persistent"])], ids=["growing", "anywhere", "persistent"])
