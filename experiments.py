@@ -303,7 +303,7 @@ EXPERIMENTS = {
                         (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
     "harder": Experiment("Which method still learns harder ones?", 120, 2, functools.partial(tasks_runs, which=HARDER),
                          (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
-    "dagger": Experiment("Is it DMT that makes the RNN stand alone, or would more of SMT do?", 15, 2, dagger_runs,
+    "dagger": Experiment("Is it DMT that makes the RNN stand alone, or would more of SMT do?", 10, 2, dagger_runs,
                          (*ACCURACY, "val_teacher_loss", "val_drift", "seconds"),
                          results.curves(["seconds"], ["val_rnn_accuracy", "val_drift"])),
     "updaters": Experiment("Does it depend on the kind of RNN?", 30, 1, updaters_runs,
