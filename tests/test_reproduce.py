@@ -32,7 +32,9 @@ def place(tmp_path, monkeypatch, data_dir):
     monkeypatch.setitem(DATA, "tiny", ("retrieval", dict(length="8", symbols=4), ""))
     shutil.copytree(data_dir / "retrieval", reproduce.place_of("tiny") / "retrieval")
     add(monkeypatch, "mini", lambda seeds, source: compare("tiny", seeds, SMT, DMT)[:1])
-    return tmp_path
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)          # which --jobs=2 sets to 1
 
 
 def add(monkeypatch, name, runs, **changes):
