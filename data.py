@@ -88,8 +88,8 @@ class Split:
     def rows(self, x, y):
         """Rows on the device that they are for; to CUDA from pinned memory, which nobody waits for."""
         if x.device.type == "cpu" and self.device.type == "cuda":
-            x, y = x.pin_memory(), y.pin_memory()
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device), y.to(self.device)
 
 
 @dataclass
