@@ -342,6 +342,8 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     assert numbers["uniformity"] < 0 and 0 < numbers["effective_rank"] <= 16
     longer = experiments.look_at_length(run, checkpoint, data_dir, "x")
     assert [(r["value"], r.get("method", run.method)) for r in longer] == [(k, m) for k in (1, 2, 4, 8) for m in ("SMT", "Encoder-decoder")]
+    assert numbers["parameters"] == sum(w.numel() for name, w in checkpoint["model"].items() if name.startswith(("updater", "readout")))
+    assert all(0 <= r["val_rnn_accuracy"] <= 1 for r in longer)             # the encoder's, too
     assert all(r["val_rnn_loss"] > 0 for r in longer) and longer[0]["val_rnn_loss"] != longer[2]["val_rnn_loss"]
     monkeypatch.setattr(experiments, "SCALING", {"memory_tokens": (2, 1), "d_model": (16, 8)})
     assert [r["case"] for r in experiments.look_at_sizes(run, checkpoint, data_dir, "x")] == ["d_model 8"]

@@ -442,6 +442,14 @@ def test_loss_is_finite_where_nothing_is_asked(options):
         assert all(p.grad.isfinite().all() for p in networks.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("phase", [1, 2])
+def test_flops_count_the_head_of_the_trunk_wherever_it_is_trained(phase):
+    settings = config(**TRUNK)
+    networks = build(settings, V)
+    with_head, without = (train_smt.step_flops(replace(settings, lambda_trunk=weight), networks, V, 6, phase)[0] for weight in (1.0, 0.0))
+    assert with_head - without == 3 * settings.batch_size * 6 * 2 * settings.d_model * V
+
+
 @pytest.mark.parametrize("options", [WINDOW, TRUNK | EXTRA | dict(positions=8, unroll=2)], ids=["window", "causal-all-2-trunk"])
 def test_overfitting_one_batch_drives_every_term_to_its_floor(options):
     """The first token tells the whole row: the floor of each cross-entropy is 0, and so is that of the dynamics."""
