@@ -176,7 +176,8 @@ def curves(spent, metrics):
                 for run in (r for r in runs if r["panel"] == case):
                     points = [point for point in run["curve"] if metric in point and point[amount] > 0]
                     if points:
-                        ax.plot([point[amount] for point in points], shown(metric, [point[metric] for point in points]), ".-", lw=1, color=colour[run["line"]], label=run["line"])
+                        ax.plot([point[amount] for point in points], shown(metric, [point[metric] for point in points]), ".-", lw=1,
+                                color=colour[run["line"]], label=run["line"])
                 ax.set(xlabel=TITLES[amount][0], ylabel=TITLES[metric][0], title=case)
                 ax.grid(alpha=0.3)
                 scale(ax, "x", amount)
