@@ -78,7 +78,7 @@ PIXELS = "--context_len=784 --batch_size=8"
 MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --teacher_iters=200 --lambda_write=0 --positions=16 --decode_every=4 --unroll=1",
              dmt="--max_iters=150 --batch_size=8 --horizon=112 --label_stride=16 --unroll=4", bptt="--batch_size=8", transformer=PIXELS)
 
-SCALING = {"memory_tokens": (8, 1, 2, 4), "context_len": (220, 32, 64, 128), "d_model": (64, 32, 128)}    # the first: the preset's
+SCALING = {"memory_tokens": (8, 2, 4, 16), "context_len": (220, 32, 64, 128), "d_model": (64, 32, 128)}    # the first: the preset's
 
 
 def slug(text):

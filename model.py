@@ -9,13 +9,14 @@ Glossary: code, the paper's symbol, meaning
     Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
     Updater         f_theta       the RNN's transition: m_{t+1} = f(m_t, x_{t+1})
     Readout         g_theta       the RNN's output: predicts y_t from m_t
-    context_len     T_c           tokens of past that the encoder reads (causal: states of its trunk that a register sees)
+    context_len     T_c           tokens of past that the encoder reads (causal: that each layer looks back on)
     future_len      T_f           targets that the decoder predicts
     V, PAD                        tokens are 0..V-1; PAD = V, "there is no token here", is one more entry of each embedding
 
 Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
 """
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class ModelConfig:
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
     readout_layers: int = 1         # layers of the readout
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
-    context_len: int = 256          # tokens of past that the window encoder reads (Tc); causal: states of the trunk that a register sees
+    context_len: int = 256          # tokens of past that the window encoder reads (Tc); causal: that each of its layers looks back on
     future_len: int = 16            # targets that the decoder predicts (Tf)
 
     def __post_init__(self):
@@ -197,9 +198,10 @@ class Encoder(nn.Module):
     x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone.
     window: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each position:
         no mask, one shape for a short past and for a sliding window. m_empty = E([PAD] * Tc).
-    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], and for each position a group of K registers that attend, in the last
-        register_layers layers, to the trunk's last Tc tokens up to t and to their own group. The last register begins with what
-        the trunk is at t; the others ask the same at each t, and change slowly. All S memories from one pass.
+    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], whose tokens attend to the last Tc up to themselves, and for each position a
+        group of K registers that attend, in the last register_layers layers, to the trunk's last Tc up to t and to their own group. The
+        last register begins with what the trunk is at t; the others ask the same at each t, and change slowly. All S memories from
+        one pass.
     """
 
     def __init__(self, config, vocab_size):
@@ -229,7 +231,8 @@ class Encoder(nn.Module):
     def trunk(self, x):
         """The causal trunk up to where the registers join it: x (B, T) -> (B, T+1, d), at place 0 nothing and at i+1 x_{<=i}."""
         h = self.embed(F.pad(x, (1, 0), value=self.pad))
-        return self.transformer(h, attend_to_past, positions=torch.arange(h.shape[1], device=h.device), layers=slice(self.trunk_layers))
+        attend, positions = functools.partial(attend_to_last, context_len=self.context_len), torch.arange(h.shape[1], device=h.device)
+        return self.transformer(h, attend, positions=positions, layers=slice(self.trunk_layers))
 
     def remember(self, trunk, t):
         """The memories at t, from the trunk (B, T+1, d)."""
@@ -248,10 +251,10 @@ class Encoder(nn.Module):
             parts.append((which, end, torch.cat([sees_trunk[which, :end], own[:size, :size]], dim=1)))
 
         def attend(q, k, v):
-            """The trunk causally, if it is asked for; the registers part by part, to the trunk and to their own group."""
+            """The trunk to its own past, if it is asked for; the registers part by part, to the trunk and to their own group."""
             (k_trunk, k_registers), (v_trunk, v_registers) = k.split([n, S * K], dim=2), v.split([n, S * K], dim=2)
             q_trunk, q_registers = q.split([q.shape[2] - S * K, S * K], dim=2)
-            mixed = [attend_to_past(q_trunk, k_trunk, v_trunk)] if q_trunk.shape[2] else []
+            mixed = [attend_to_last(q_trunk, k_trunk, v_trunk, self.context_len)] if q_trunk.shape[2] else []
             for which, end, mask in parts:
                 keys = torch.cat([k_trunk[:, :, :end], k_registers[:, :, which]], dim=2)
                 values = torch.cat([v_trunk[:, :, :end], v_registers[:, :, which]], dim=2)
@@ -468,12 +471,13 @@ def forward_flops(config, vocab_size, T, S):
     def mix(tokens):
         return tokens * 2 * d * d * config.conv_width if config.conv_width > 1 else 0
 
-    window, seen = config.context_len + K, min(config.context_len, T) // 2 + K
+    window, most = config.context_len + K, min(config.context_len, T)
+    seen = most - most * most // (2 * T)                                        # places of the trunk, on average over a row
     decoded, last = K + config.future_len - 1, 2 * d * vocab_size
     return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window" else
-                        mix(T + 1) + stack(config.encoder_layers, T + 1, T // 2, 0) + stack(config.register_layers, S * K, seen)
+                        mix(T + 1) + stack(config.encoder_layers, T + 1, seen, 0) + stack(config.register_layers, S * K, seen + K)
                         + S * 2 * d * d),
-            "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, T // 2) + T * last,
+            "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, seen) + T * last,
             "decoder": (mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last
                         + (2 * K * d * d if config.encoder == "causal" and config.future_len > 1 else 0)),
             "first": stack(config.decoder_layers, K, K, 1) + last,

@@ -103,7 +103,7 @@ def reference_memory(encoder, x, t):
         trunk = list(range(len(past)))
         registers = list(range(len(past), len(past) + K))
         positions = trunk + [t + 2 + k for k in range(K)]
-        sees = [list(range(i + 1)) for i in trunk]
+        sees = [list(range(max(0, i + 1 - Tc), i + 1)) for i in trunk]
         alone, joined = slice(encoder.trunk_layers), slice(encoder.trunk_layers, None)
         h = reference_transformer(encoder.transformer, reference_stem(encoder.embed, past), trunk, sees, alone)
         sees = sees + [[i for i in trunk if t + 1 - Tc < i <= t + 1] + registers] * K
@@ -305,24 +305,22 @@ def test_memory_depends_on_all_of_the_past_it_reads_and_on_nothing_after_t(chang
 
 @pytest.mark.parametrize("kind, layers, conv_width", [("window", 1, 1), ("window", 2, 3), ("causal", 1, 1), ("causal", 2, 1)])
 def test_tokens_before_the_window_are_not_read(kind, layers, conv_width):
-    """The causal kind's registers read nothing before it; its trunk may carry older tokens into it from layer to layer."""
-    x, t = tokens(1, T), torch.arange(-1, T)
+    """Each layer of the causal kind looks back on as many tokens: the second one finds what the first one carried into its window."""
+    x, t = tokens(1, 2 * T), torch.arange(-1, 2 * T)
     encoder = randomise(Encoder(config(encoder=kind, encoder_layers=layers, conv_width=conv_width), V))
-    for i in range(T):
+    for i in range(2 * T):
         perturbed = x.clone()
         perturbed[0, i] = (x[0, i] + 1) % V
         moved = changed(encoder(x, t)[0], encoder(perturbed, t)[0])
-        inside, gone = moved[(t >= i) & (t < i + 4)], moved[t >= i + 4]
-        assert inside.min() > 1e-4
-        if kind == "window" or layers == 1:
-            assert not len(gone) or gone.max() < 1e-12
-        else:
-            assert not len(gone) or gone.min() > 1e-9
+        reach = 4 if kind == "window" else 4 + 3 * (layers - 1)
+        inside, gone = moved[(t >= i) & (t < i + reach)], moved[t >= i + reach]
+        assert inside.min() > (1e-4 if layers == 1 or kind == "window" else 1e-9)
+        assert not len(gone) or gone.max() < 1e-12
 
 
 @pytest.mark.parametrize("register_layers", [1, 2, 3])
 def test_registers_read_the_last_tokens_of_the_trunk_up_to_t(register_layers):
-    """Where they join earlier, the trunk's own layers may carry older tokens into what they read; nothing carries later ones."""
+    """Where they join earlier, the trunk's own layers carry older tokens into what they read; nothing carries later ones."""
     encoder = randomise(Encoder(config(encoder="causal", encoder_layers=3, register_layers=register_layers), V))
     t = torch.arange(-1, T)
     trunk = encoder.trunk(tokens(1, T)).detach()
@@ -331,7 +329,7 @@ def test_registers_read_the_last_tokens_of_the_trunk_up_to_t(register_layers):
         perturbed = trunk.clone()
         perturbed[:, place] += torch.randn(8, dtype=torch.float64)
         moved = changed(before, encoder.remember(perturbed, t)[0])
-        assert t[moved > 1e-12].tolist() == list(range(place - 1, min(place + 3, T) if register_layers == 1 else T))
+        assert t[moved > 1e-12].tolist() == list(range(place - 1, min(place + 3 * register_layers, T)))
 
 
 def test_trunk_is_causal_and_begins_with_nothing_read():
@@ -606,6 +604,18 @@ def test_flops_are_those_that_torch_counts(changes):
             run()
         halved = name == "decoder" or name == "encoder" and sizes.encoder == "causal"
         assert counter.get_total_flops() / B == pytest.approx(expected[name], rel=0.05 if halved else 1e-9), name
+
+
+def test_flops_of_a_causal_encoder_grow_with_the_places_that_its_layers_look_back_on():
+    T = 200
+    for trunk_layers in (0, 2):
+        for context_len in (20, 130, 200, 240):
+            places = sum(min(i + 1, context_len) for i in range(T)) / T
+            sizes, nothing = (config(encoder="causal", encoder_layers=trunk_layers + 1, context_len=n) for n in (context_len, 1))
+            ours, theirs = (forward_flops(s, V, T, 5) for s in (sizes, nothing))
+            layer = 4 * (places - 1) * 8                                          # more for each place's queries
+            assert ours["trunk"] - theirs["trunk"] == pytest.approx(trunk_layers * (T + 1) * layer, rel=0.02)
+            assert ours["encoder"] - theirs["encoder"] == pytest.approx((trunk_layers * (T + 1) + 5 * 3) * layer, rel=0.02)
 
 
 def test_flops_include_the_causal_encoders_last_register_and_the_decoders_recall():
