@@ -259,7 +259,7 @@ def look_at_length(run, checkpoint, place, name):
     meta, records = checkpoint["data"], []
     for k in MULTIPLES:
         numbers = evaluate(networks, initial_memory, *longer_documents(meta, k, 256), meta)
-        here = dict(case=f"{run.case}, {k} x the length", panel=run.case, value=k, curve=None)
+        here = dict(case=f"{run.case}, {k} x the length", panel=f"{run.case}: times the length of training", value=k, curve=None)
         records.append({**here, **numbers})
         if run.stage == "smt":
             records.append({**here, "method": "Encoder-decoder", "val_rnn_loss": numbers["val_teacher_loss"],
@@ -314,7 +314,7 @@ EXPERIMENTS = {
     "encoders": Experiment("One window for each memory, or many memories from one pass?", 60, 2, encoders_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
                            results.curves(["seconds", "tokens"], ["val_rnn_loss"])),
-    "length": Experiment("Does it hold on documents longer than those of training?", 10, 2, length_runs, ACCURACY,
+    "length": Experiment("Does it hold on documents longer than those of training?", 25, 2, length_runs, ACCURACY,
                          results.against("val_rnn_accuracy", "val_rnn_loss"), look_at_length),
     "text": Experiment("What is text worth to each method, for the same time and for the same tokens?", 40, 1, text_runs,
                        ("val_rnn_loss", "val_gap_to_floor", *COST), results.curves(COST, ["val_rnn_loss"])),
