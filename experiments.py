@@ -51,8 +51,8 @@ ABLATION = {                                        # one factor at a time: a li
         "--unroll=1", "--updater=transformer --updater_layers=2"],
         change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_own=0", "--lambda_hold=0", "--relative=false", "--grow=0",
                     "--max_iters=250"]),
-    "fables": dict(FABLES, change_smt=["--detach=false", "--relative=false", "--lambda_near=0", "--lambda_write=0", "--lambda_hold=0",
-                                       "--teacher_iters=0", "--p_start=0.5", "--unroll=1", "--updater=transformer --updater_layers=2"],
+    "fables": dict(FABLES, change_smt=["--detach=false", "--relative=false", "--lambda_hold=0", "--teacher_iters=0", "--p_start=0.5",
+                                       "--unroll=1", "--updater=transformer --updater_layers=2"],
                    change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_own=0", "--lambda_hold=0", "--grow=0",
                                "--grow=0 --horizon=110", "--grow=0 --horizon=110 --persistent", "--p_start=0.1"])}
 
@@ -65,7 +65,7 @@ ENCODERS = {                                        # (rows, flags of SMT); the 
 ENCODED = {                                         # rows of the reference; DMT with the window has fewer labels, which it pays for one by one
     "retrieval 64": dict(rows=16, smt="--future_len=64 --context_len=64", causal_dmt="", window_dmt="--label_stride=8"),
     "stack 32": dict(rows=16, smt="--context_len=32", causal_dmt="--max_iters=400", window_dmt="--max_iters=400 --label_stride=8"),
-    "fables": dict(rows=8, smt="--max_iters=1200 --trunk_iters=400 --teacher_iters=400 --lambda_write=0 --eval_docs=16",
+    "fables": dict(rows=8, smt="--max_iters=1200 --trunk_iters=400 --teacher_iters=400 --eval_docs=16",
                    causal_dmt="--max_iters=150 --eval_docs=16", window_dmt="--max_iters=150 --eval_docs=16 --unroll=4")}
 
 MULTIPLES = (1, 2, 4, 8)                            # of 32 tokens: the Transformer and the encoder look back over all of them
@@ -75,7 +75,7 @@ TEXT = {"fables": dict(smt="", dmt="", bptt="", transformer=""),
         "tinystories": dict(smt="--max_iters=2500 --trunk_iters=1000 --teacher_iters=600", dmt="", bptt="", transformer="")}
 
 PIXELS = "--context_len=784 --batch_size=8"
-MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --teacher_iters=200 --lambda_write=0 --positions=16 --decode_every=4 --unroll=1",
+MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --teacher_iters=200 --positions=16 --decode_every=4 --unroll=1",
              dmt="--max_iters=150 --batch_size=8 --horizon=112 --label_stride=16 --unroll=4", bptt="--batch_size=8", transformer=PIXELS)
 
 SCALING = {"memory_tokens": (8, 2, 4, 16), "context_len": (220, 32, 64, 128), "d_model": (64, 32, 128)}    # the first: the preset's

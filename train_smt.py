@@ -23,7 +23,6 @@ from runtime import RunConfig, UsageError
 
 UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together, so that rows on other processes need not be known
 UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
-WRITES = 32               # transitions of each row in which the memory changes most
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,11 @@ class Config(ModelConfig, RunConfig):
     teacher_iters: int = 0          # those after, encoder and decoder alone; both are 2/3 of a short run at most, none with --init_from
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
-    lambda_near: float = 0.0        # extra weight of the decoder's first target, which it predicts from the memory alone
     lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
     lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
     lambda_trunk: float = 0.0       # weight of the next-token loss of the causal encoder's trunk
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     relative: bool = False          # it is, for each memory token, relative to how much the token changes
-    lambda_write: float = 0.0       # weight of the relative dynamics loss where the memory changes most
     lambda_unif: float = 0.001      # weight of the uniformity loss
     lambda_read: float = 1.0        # weight of the readout's loss
     detach: bool = False            # train the transition on detached memories: the dynamics do not shape the encoder
@@ -66,22 +63,21 @@ class Config(ModelConfig, RunConfig):
 PRESETS = {
     "tiny": dict(encoder="causal", updater="mlp", d_model=64, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=2,
                  updater_layers=1, readout_layers=2, conv_width=8, context_len=220, future_len=64, positions=64, decode_every=4,
-                 unroll=16, p_start=0.9, trunk_iters=900, teacher_iters=700, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0,
-                 lambda_trunk=1.0, lambda_dyn=0.5, relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=4,
-                 max_iters=2400, lr=3e-3, eval_interval=500, log_interval=50),
+                 unroll=16, p_start=0.9, trunk_iters=900, teacher_iters=700, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0,
+                 lambda_dyn=0.5, relative=True, detach=True, lambda_unif=0.01, batch_size=4, max_iters=2400, lr=3e-3,
+                 eval_interval=500, log_interval=50),
     **{f"tiny/{name}": dict(context_len=128, seq_len=256, future_len=16, p_start=0.5, trunk_iters=1500, teacher_iters=1000,
                             max_iters=4800) for name in ("tinystories", "text")},
     "small": dict(encoder="causal", updater="mlp", d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=3,
                   updater_layers=1, readout_layers=3, conv_width=8, context_len=256, future_len=64, positions=64, decode_every=4, unroll=16,
-                  trunk_iters=2000, teacher_iters=2000, lambda_near=0.3, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
-                  relative=True, lambda_write=3.0, detach=True, lambda_unif=0.01, batch_size=32, max_iters=20_000, lr=1e-3,
-                  eval_interval=1000, log_interval=50),
+                  trunk_iters=2000, teacher_iters=2000, lambda_own=1.0, lambda_hold=1.0, lambda_trunk=1.0, lambda_dyn=0.5,
+                  relative=True, detach=True, lambda_unif=0.01, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
                   readout_layers=4, context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
                   lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
-SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unroll=4, trunk_iters=150, teacher_iters=550, lambda_near=0.0,
-                 lambda_write=0.0, batch_size=16, max_iters=1100, lr=2e-3, eval_interval=200)
+SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, unroll=4, trunk_iters=150, teacher_iters=550, batch_size=16,
+                 max_iters=1100, lr=2e-3, eval_interval=200)
 TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(memory_tokens=8, teacher_iters=750, max_iters=1400)}
 PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
@@ -160,29 +156,13 @@ def teacher_loss(networks, x, y, t, counts, config, trunk_alone):
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
 
 
-def write_loss(networks, x, trunk, config):
-    """L_write: MSE(f(m_{t-1}, x_t), m_t) / MSE(m_{t-1}, m_t), the dynamics loss of f alone, at the WRITES transitions of each row x
-    (B, T) in which the memory changes most, all memory tokens counting alike. These rows' share of the mean over the global batch."""
-    rows, n = torch.arange(len(x), device=x.device)[:, None], min(WRITES, x.shape[1])
-    with torch.no_grad():
-        memories = networks["encoder"](x, torch.arange(-1, x.shape[1], device=x.device), trunk)             # (B, T + 1, K, d)
-        real = x != networks["encoder"].pad
-        change = squared_error(memories[:, :-1], memories[:, 1:], real, memories[:, :-1])                   # (B, T)
-        t = change.topk(n).indices                                                                          # (B, n)
-    start, goal = memories[rows, t], memories[rows, t + 1]
-    predicted = networks["updater"](start.flatten(0, 1), x[rows, t].flatten()).view_as(goal)
-    return squared_error(predicted, goal, real[rows, t], start).sum() / (config.batch_size * n)
-
-
 def smt_loss(networks, x, y, t, counts, config):
     """The joint objective on rows x, y (B, T) at positions t (S,), in random order, with m_t = E(x_{<=t}) and m_{-1} = m_empty:
 
         L_dec   = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at one in decode_every positions
-        L_near  = CE(D(m_t), y_t)                            its first target again, at every position (not in the paper)
         L_dyn   = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories, unless config.detach
         L_own   = CE(D(f(m_{t-1}, x_t)), y_t)                what f must get right is what the decoder needs (not in the paper)
         L_hold  = L_dec from f(m_{t-1}, x_t) instead of m_t  and what it will need later (not in the paper)
-        L_write = L_dyn at the WRITES transitions of a row that change the memory most: names are seldom written (not in the paper)
         L_unif  = log mean_{a != b} exp(-2 |u_a - u_b|^2)    memory tokens apart from each other
         L_read  = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
         L_trunk                                              see trunk_loss
@@ -192,9 +172,9 @@ def smt_loss(networks, x, y, t, counts, config):
     rows, which has counts (6,) of each kind: summed over micro-batches and processes they are the losses. What is relative is so
     to these rows. Returns the weighted sum and its terms.
     """
-    encoder, decoder, pad, (B, T), S = networks["encoder"], networks["decoder"], networks["encoder"].pad, x.shape, len(t)
+    encoder, decoder, pad, T, S = networks["encoder"], networks["decoder"], networks["encoder"].pad, x.shape[1], len(t)
     decoded, transitions, predictions, held, readouts, targets = counts.clamp(min=1)
-    runs, no_future, losses = runs_of(t, T, config.unroll), x.new_empty(B, 0), {}           # (R, k), (B, 0)
+    runs, losses = runs_of(t, T, config.unroll), {}                                         # (R, k)
 
     trunk = None
     if config.lambda_trunk:
@@ -211,19 +191,14 @@ def smt_loss(networks, x, y, t, counts, config):
 
     far = slice(None, None, config.decode_every)
     losses["dec"] = decoder_loss(networks, after[:, far], x, y, t[far], decoded, config.future_len)
-    if config.lambda_near:
-        logits = decoder(after.flatten(0, 1), no_future.repeat(S, 1))                       # (B S, 1, V)
-        losses["near"] = cross_entropy(logits, y[:, t]) / readouts
 
     if config.detach:
         start, goal = start.detach(), goal.detach()
     predicted = roll_out(networks["updater"], start.flatten(0, 2), x[:, runs].flatten(0, 1)).view_as(goal)
     real = x[:, runs] != pad
     losses["dyn"] = squared_error(predicted, goal, real, start if config.relative else None).sum() / transitions
-    if config.lambda_write:
-        losses["write"] = write_loss(networks, x, trunk, config)
     if config.lambda_own:
-        logits = decoder(predicted.flatten(0, 2), no_future.repeat(runs.numel(), 1))
+        logits = decoder(predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
         losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
     if config.lambda_hold:
         losses["hold"] = decoder_loss(networks, predicted[:, :, -1], x, y, runs[:, -1], held, config.future_len)
@@ -247,21 +222,16 @@ def step_flops(config, networks, vocab_size, T, phase=2):
     decoded, updated = -(-S // config.decode_every), R * config.unroll
     memories = decoded if phase == 1 else 2 * S if config.unroll == 1 else S + R + updated
     forward = forward_flops(config, vocab_size, T, memories)
-    firsts = (S if config.lambda_near else 0) + (updated if config.lambda_own else 0)
     if phase == 0:
         layers = config.encoder_layers - config.register_layers
         return 3 * config.batch_size * forward["trunk"], 3 * chain["encoder"] * layers // config.encoder_layers
     head = T * 2 * config.d_model * vocab_size if config.lambda_trunk else 0
     teacher = forward["encoder"] + decoded * forward["decoder"] + head
+    own = updated * forward["first"] if config.lambda_own else 0
     held = R * forward["decoder"] if config.lambda_hold else 0
-    writes = 0
-    if config.lambda_write:             # all memories without gradients; the trunk is known
-        registers = forward_flops(config, vocab_size, T, T + 1)["encoder"] - forward_flops(config, vocab_size, T, 0)["encoder"]
-        writes = registers + 3 * min(WRITES, T) * forward["updater"]
     if phase == 1:
         return 3 * config.batch_size * teacher, 3 * (chain["encoder"] + chain["decoder"])
-    return (config.batch_size * (writes + 3 * (teacher + held + firsts * forward["first"] + updated * forward["updater"]
-                                               + S * forward["readout"])),
+    return (3 * config.batch_size * (teacher + held + own + updated * forward["updater"] + S * forward["readout"]),
             3 * (chain["encoder"] + max(chain["decoder"], chain["readout"],
                                         config.unroll * chain["updater"] + bool(config.lambda_own or config.lambda_hold) * chain["decoder"])))
 

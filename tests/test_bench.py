@@ -20,8 +20,8 @@ SIZES = {"smt": TINY | dict(batch_size=4, seq_len=8, positions=2),
          "bptt": dict(d_model=8, n_heads=2, memory_tokens=2, updater_layers=1, readout_layers=1, batch_size=3, seq_len=5),
          "dmt": dict(batch_size=2, seq_len=12, horizon=6, label_stride=2),
          "transformer": dict(d_model=8, n_heads=2, decoder_layers=1, context_len=8, batch_size=5)}
-CAUSAL = dict(encoder="causal", conv_width=2, positions=8, decode_every=3, unroll=2, lambda_near=1.0, lambda_own=1.0,
-              lambda_hold=1.0, lambda_trunk=1.0, relative=True, detach=True)
+CAUSAL = dict(encoder="causal", conv_width=2, positions=8, decode_every=3, unroll=2, lambda_own=1.0, lambda_hold=1.0,
+              lambda_trunk=1.0, relative=True, detach=True)
 DMT = ["DMT iteration", "DMT roll-out", "DMT roll-out, one step", "DMT labels", "DMT supervised pass"]
 STEPS = ["SMT step", "data loading", *DMT, "BPTT step", "Transformer step"]
 NUMBERS = ["ms", "min_ms", "max_ms", "ratio", "tokens_per_second", "utilisation", "peak_mib"]

@@ -34,8 +34,7 @@ TRAIN = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": 
 SCRIPTS = pytest.mark.parametrize("script", [*TRAIN.values(), sample, data, evaluate], ids=lambda s: s.__name__)
 TIMED = ("seconds", "tokens_per_second")
 ALL_OF_SMT = ("--encoder=causal --encoder_layers=2 --conv_width=3 --positions=8 --unroll=2 --trunk_iters={} --teacher_iters={} "
-              "--lambda_near=1 --lambda_own=1 --lambda_hold=1 --lambda_trunk=1").format
-WRITE = ["--lambda_write=1", "--relative"]                      # relative to the rows of a process or micro-batch
+              "--lambda_own=1 --lambda_hold=1 --lambda_trunk=1").format
 ALL_OF_DMT = "--updates=2 --unroll=2 --label_stride=2 --grow=0.5 --lambda_own=1 --lambda_hold=1".split()
 
 
@@ -215,7 +214,7 @@ def stop_after(monkeypatch, steps, number):
 
 @pytest.mark.parametrize("stage, dataset, more", [
     ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]),
-    *(("smt", "fables", [*ALL_OF_SMT(*some).split(), *WRITE]) for some in ((1, 1), (1, 2), (3, 1))),    # a stop after, in, between the phases
+    *(("smt", "fables", [*ALL_OF_SMT(*some).split(), "--relative"]) for some in ((1, 1), (1, 2), (3, 1))),    # a stop after, in, between the phases
     ("bptt", "fables", []), ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []),
     ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", [*ALL_OF_DMT, "--p_start=0"])])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -509,7 +508,7 @@ def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
 
 
 def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log_line_averages_two(tmp_path, monkeypatch, data_dir, smt_run):
-    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4, 4).split(), *WRITE, "--log_interval=2", "--eval_interval=2",
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4, 4).split(), "--relative", "--log_interval=2", "--eval_interval=2",
                  "--max_iters=12"]
     stopped, tries = [], (2, 4, 6, 8)
     for step in tries:
@@ -527,7 +526,7 @@ def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log
     lines = [line for line in metrics(tmp_path) if "train_loss" in line]
     terms = [{name.removeprefix("loss_") for name in line if name.startswith("loss_")} for line in lines]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
-    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec"}] * 2 + [{"trunk", "dec", "near", "own", "hold", "dyn", "write", "unif", "read"}] * 2
+    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec"}] * 2 + [{"trunk", "dec", "own", "hold", "dyn", "unif", "read"}] * 2
     assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
 
 

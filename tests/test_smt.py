@@ -27,7 +27,7 @@ def make(kind, documents, targets=None, closing=b""):
 STORIES = make("text", [b"\0ab", b"\0cdefg", b"\0h", b"\0ijklmnopqrst"], closing=b"\0")
 TASK = make("synthetic", [b"abcd", b"efghij", b"kl"], [bytes([255, 1, 255, 2]), bytes([3, 255, 255, 4, 5, 6]), bytes([255, 7])])
 WINDOW, CAUSAL, ALL = dict(encoder="window"), dict(encoder="causal"), dict(positions=8, batch_size=8)
-EXTRA = dict(lambda_near=0.4, lambda_own=0.6, lambda_hold=0.8)
+EXTRA = dict(lambda_own=0.6, lambda_hold=0.8)
 TRUNK = dict(encoder="causal", encoder_layers=2, lambda_trunk=0.9)
 DATA = pytest.mark.parametrize("some", [STORIES, TASK], ids=["stream", "synthetic"])
 
@@ -152,7 +152,7 @@ def reference_uniformity(memory):
 def reference_losses(networks, x, y, t, settings):
     """One row, one position and one step of f at a time, from the docstring of smt_loss."""
     encoder, decoder, updater, readout = (networks[name] for name in ("encoder", "decoder", "updater", "readout"))
-    dec, near, steps, own, hold, read, trunk, memories = [], [], [], [], [], [], [], []
+    dec, steps, own, hold, read, trunk, memories = [], [], [], [], [], [], []
     T = x.shape[1]
     for b in range(len(x)):
         known = {}
@@ -175,7 +175,6 @@ def reference_losses(networks, x, y, t, settings):
             if place % settings.decode_every == 0:
                 dec += future(memory(i), i)
             if y[b, i] != IGNORE:
-                near.append(first(memory(i), i))
                 read.append(nll(readout(memory(i).detach()[None])[0], y[b, i]))
         for run in runs_of(t, T, settings.unroll).tolist():
             state = before = memory(run[0] - 1).detach() if settings.detach else memory(run[0] - 1)
@@ -191,7 +190,7 @@ def reference_losses(networks, x, y, t, settings):
              for k in range(settings.memory_tokens)]
     dyn = [mean([(a - b).square().mean() / size for a, b, size in zip(state, goal, scale)]) for state, goal, _, real in steps if real]
     groups = torch.stack(memories).view(len(x), len(t), settings.memory_tokens, -1).split(train_smt.UNIFORMITY_ROWS)
-    terms = dict(trunk=mean(trunk), dec=mean(dec), near=mean(near), dyn=mean(dyn), own=mean(own), hold=mean(hold), read=mean(read),
+    terms = dict(trunk=mean(trunk), dec=mean(dec), dyn=mean(dyn), own=mean(own), hold=mean(hold), read=mean(read),
                  unif=mean([reference_uniformity(group.flatten(0, 2)) for group in groups]))
     terms = {name: value for name, value in terms.items() if name in ("dec", "dyn", "read", "unif") or getattr(settings, f"lambda_{name}")}
     total = sum(getattr(settings, f"lambda_{name}") * value for name, value in terms.items())
@@ -265,9 +264,9 @@ def test_each_loss_trains_the_networks_it_should(kind, options):
         networks = networks_for(settings)
         x, y, t = batch(STORIES, positions=settings.positions)
         reached = {term: moved(loss_and_gradients(networks, x, y, t, settings, term)[1])
-                   for term in ("loss_dec", "loss_near", "loss_own", "loss_hold", "loss_dyn", "loss_unif", "loss_read")}
+                   for term in ("loss_dec", "loss_own", "loss_hold", "loss_dyn", "loss_unif", "loss_read")}
         both, all_three = {"encoder", "decoder"}, {"updater", "decoder"} | (set() if detach else {"encoder"})
-        assert reached == {"loss_dec": both, "loss_near": both, "loss_own": all_three, "loss_hold": all_three,
+        assert reached == {"loss_dec": both, "loss_own": all_three, "loss_hold": all_three,
                            "loss_dyn": {"updater"} if detach else {"updater", "encoder"},
                            "loss_unif": {"encoder"}, "loss_read": {"readout"}}
     _, gradients = loss_and_gradients(networks, x, y, t, settings)
@@ -294,37 +293,6 @@ def test_every_parameter_gets_a_gradient_which_ddp_waits_for(options):
     x, y, t = batch(STORIES, settings.batch_size, settings.positions)
     smt_loss(networks, x, y, t, count_terms(x, y, t, settings, PAD), settings)[0].backward()
     assert [name for name, p in networks.named_parameters() if p.grad is None] == []
-
-
-@pytest.mark.parametrize("most", [1, 3, 99])
-def test_write_loss_is_that_of_the_transitions_that_change_the_memory_most_relative_to_their_change(monkeypatch, most):
-    monkeypatch.setattr(train_smt, "WRITES", most)
-    settings, (x, y, t) = config(**TRUNK), batch(TASK)
-    networks, n, T = networks_for(settings), min(most, 8), 8
-    encoder, updater, chosen = networks["encoder"], networks["updater"], []
-    m = [[encoder(row[None], torch.tensor([i]))[0, 0].detach() for i in range(-1, T)] for row in x]                 # m[b][i + 1]
-    usual = [mean([(m[b][i + 1][k] - m[b][i][k]).square().mean() for b in range(len(x)) for i in range(T) if x[b, i] != PAD])
-             for k in range(2)]
-    for b, row in enumerate(x):
-        change = [sum((m[b][i + 1][k] - m[b][i][k]).square().mean() / usual[k] for k in range(2)) for i in range(T)]
-        order = sorted((i for i in range(T) if row[i] != PAD), key=lambda i: -change[i])
-        chosen += [(b, i) for i in order[:n]] + [(b, None)] * (n - len(order[:n]))
-    real = [(m[b][i], m[b][i + 1], x[b, i:i + 1]) for b, i in chosen if i is not None]
-    found = train_smt.write_loss(networks, x, encoder.trunk(x), settings)
-    scale = [mean([(after[k] - before[k]).square().mean() for before, after, _ in real]) for k in range(2)]
-    errors = [mean([(updater(before[None], token)[0, k] - after[k]).square().mean() / scale[k] for k in range(2)])
-              for before, after, token in real]
-    torch.testing.assert_close(found, sum(errors) / len(chosen))
-    gradients = torch.autograd.grad(found, list(networks.parameters()), allow_unused=True)
-    names = [name for name, _ in networks.named_parameters()]
-    assert {name.split(".")[0] for name, gradient in zip(names, gradients) if gradient is not None} == {"updater"}
-    nothing = train_smt.write_loss(networks, torch.full_like(x, PAD), None, settings)
-    assert nothing == 0
-    settings = replace(settings, lambda_write=0.3)
-    loss, terms = smt_loss(networks, x, y, t, count_terms(x, y, t, settings, PAD), settings)
-    torch.testing.assert_close(terms["loss_write"], found)
-    weighed = [getattr(settings, name.replace("loss", "lambda")) * value for name, value in terms.items() if name != "train_loss"]
-    torch.testing.assert_close(loss, sum(weighed))
 
 
 @pytest.mark.parametrize("some, options, trunk_alone, names", [
@@ -393,7 +361,7 @@ def test_uniformity_looks_at_a_bounded_number_of_tokens(monkeypatch):
 # Batches
 
 @pytest.mark.parametrize("some, options", [
-    (STORIES, {}), (TASK, dict(encoder="causal", lambda_near=0.4)), (TASK, dict(positions=8, unroll=3, **EXTRA)),
+    (STORIES, {}), (TASK, dict(encoder="causal")), (TASK, dict(positions=8, unroll=3, **EXTRA)),
     (STORIES, dict(**TRUNK, **EXTRA, positions=8, unroll=2, decode_every=3))], ids=["window", "causal", "dense-3", "dense-2-trunk"])
 def test_losses_and_gradients_are_sums_over_micro_batches(some, options):
     settings = config(batch_size=32, lambda_unif=1.0, **options)
@@ -426,7 +394,7 @@ def test_relative_dynamics_are_relative_to_the_changes_in_the_micro_batch(option
         torch.testing.assert_close(terms["loss_dyn"], share * reference_losses(networks, part_x, part_y, t, settings)["loss_dyn"])
 
 
-@pytest.mark.parametrize("options", [dict(lambda_near=0.4, relative=True), dict(encoder="causal", lambda_own=0.6),
+@pytest.mark.parametrize("options", [dict(relative=True), dict(encoder="causal", lambda_own=0.6),
                                      dict(**TRUNK, **EXTRA, positions=8, unroll=3, relative=True)], ids=["window", "causal", "dense-3-trunk"])
 def test_loss_is_finite_where_nothing_is_asked(options):
     settings = config(**options)
