@@ -224,12 +224,12 @@ def futures(x, y, t, future_len, pad):
 def held_out(data, n_documents, length, seed):
     """Validation rows x, y (n_documents, length), the same for every caller with the same seed.
 
-    Documents from their start, cut at their end (not in the data set `text`, whose paragraphs are too short to
-    remember anything in); no document comes twice before each has come once.
+    Documents from their start, cut at their end, and rows no longer than the longest of them (not in the data set `text`, whose
+    paragraphs are too short to remember anything in); no document comes twice before each has come once.
     """
-    n = len(data.val.starts)
+    n, cut = len(data.val.starts), data.meta["name"] != "text"
     order = np.resize(philox(seed, 0, "held out").permutation(n), n_documents)
-    return document_rows(data.val, data.meta, data.val.starts[order], length, cut=data.meta["name"] != "text")
+    return document_rows(data.val, data.meta, data.val.starts[order], min(length, data.longest_document) if cut else length, cut)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def main():
     for run in trained:
         runtime.check_data({"data": run.meta}, data)
     n = min(config.eval_docs, len(data.val.starts))       # none twice: they are to be independent
-    x, y = (part.to(device) for part in datasets.held_out(data, n, min(config.eval_len, data.longest_document), seed=0))
+    x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len, seed=0))
 
     print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
     numbers = [evaluate(run.networks, run.initial_memory, x, y, meta, errors=True) for run in trained]

@@ -16,7 +16,6 @@ Glossary: code, the paper's symbol, meaning
 Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
 """
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +119,7 @@ class Block(nn.Module):
 
     def forward(self, h, turns, attend, kept=slice(None)):
         """(B, n, d) -> (B, kept, d): all tokens are attended to, those in `kept` are updated."""
-        B, n, d = h.shape
+        B, n, _ = h.shape
         qk, v = self.qkv(self.attention_norm(h)).view(B, n, 3, self.n_heads, -1).split([2, 1], dim=2)
         q, k = rotate(qk, turns).permute(2, 0, 3, 1, 4)                             # (B, h, n, d / h) each
         h, mixed = h[:, kept], attend(q[:, :, kept], k, v.squeeze(2).transpose(1, 2))
@@ -172,18 +171,18 @@ def normalise(memory):
     return F.rms_norm(at_least_float32(memory), memory.shape[-1:])
 
 
-def squared_error(memory, goal, real, before=None):
-    """(.., K, d) each, real (..) -> (..): mean squared error of the memory, 0 where the transition is not real.
+def squared_error(memory, goal, real, relative_to=None):
+    """Mean squared error of the memories that f predicts against their goals, (.., K, d) each, summed over the real transitions (..).
 
-    With the memory `before` the transition it is relative: that of each memory token over the mean square of the token's change in
-    this batch (1: no better than to leave it as it was), so that tokens that seldom change count as much as those that always do,
-    and the few changes of such a token count for much.
+    relative_to (.., K, d): the memories that f began with. The error of each memory token is then over the mean square of its way
+    from there to the goal in this batch (1: no better than to do nothing), so that tokens that seldom change count as much as those
+    that always do, and the few changes of such a token count for much.
     """
-    error = (memory - goal).square().mean(-1)                                   # (.., K)
-    if before is not None:
-        change = (goal - before).square().mean(-1) * real[..., None]
-        error = error / (change.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
-    return error.mean(-1) * real
+    error = (memory - goal).square().mean(-1) * real[..., None]                 # (.., K)
+    if relative_to is not None:
+        way = (goal - relative_to).detach().square().mean(-1) * real[..., None]     # a way made longer is not an error made smaller
+        error = error / (way.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
+    return error.mean(-1).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +197,7 @@ class Encoder(nn.Module):
     x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone.
     window: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each position:
         no mask, one shape for a short past and for a sliding window. m_empty = E([PAD] * Tc).
-    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], whose tokens attend to the last Tc up to themselves, and for each position a
+    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], whose tokens attend to themselves and the Tc before, and for each position a
         group of K registers that attend, in the last register_layers layers, to the trunk's last Tc up to t and to their own group. The
         last register begins with what the trunk is at t; the others ask the same at each t, and change slowly. All S memories from
         one pass.
@@ -231,17 +230,22 @@ class Encoder(nn.Module):
     def trunk(self, x):
         """The causal trunk up to where the registers join it: x (B, T) -> (B, T+1, d), at place 0 nothing and at i+1 x_{<=i}."""
         h = self.embed(F.pad(x, (1, 0), value=self.pad))
-        attend, positions = functools.partial(attend_to_last, context_len=self.context_len), torch.arange(h.shape[1], device=h.device)
-        return self.transformer(h, attend, positions=positions, layers=slice(self.trunk_layers))
+        positions = torch.arange(h.shape[1], device=h.device)
+        return self.transformer(h, self.attend_in_trunk, positions=positions, layers=slice(self.trunk_layers))
+
+    def attend_in_trunk(self, q, k, v):
+        """Each token to itself and to the Tc before it: in a row of Tc to all, without a mask."""
+        return attend_to_last(q, k, v, self.context_len + 1)
 
     def remember(self, trunk, t):
         """The memories at t, from the trunk (B, T+1, d)."""
-        order = t.argsort()
+        order = t.argsort()                     # rising: what a part does not see of the trunk is then at its end
         t = t[order]
         (B, n, d), S, K, device = trunk.shape, len(t), len(self.registers), trunk.device
         at, last = torch.arange(n, device=device), (t + 1).repeat_interleave(K).to(device)     # last: the trunk's place of x_t
         sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)           # (S K, n)
-        own = torch.eye(min(S, GROUPS_PER_CALL), dtype=torch.bool, device=device).repeat_interleave(K, 0).repeat_interleave(K, 1)
+        group = torch.arange(min(S, GROUPS_PER_CALL), device=device).repeat_interleave(K)
+        own = group[:, None] == group                                                          # of registers in the same part
         fixed = t.device.type != "cpu" or torch.compiler.is_compiling()         # a new shape would cost more than it saves
         parts = []                              # the registers in parts, whose keys would be of no use to the others:
         for i in range(0, S, GROUPS_PER_CALL):
@@ -254,7 +258,7 @@ class Encoder(nn.Module):
             """The trunk to its own past, if it is asked for; the registers part by part, to the trunk and to their own group."""
             (k_trunk, k_registers), (v_trunk, v_registers) = k.split([n, S * K], dim=2), v.split([n, S * K], dim=2)
             q_trunk, q_registers = q.split([q.shape[2] - S * K, S * K], dim=2)
-            mixed = [attend_to_last(q_trunk, k_trunk, v_trunk, self.context_len)] if q_trunk.shape[2] else []
+            mixed = [self.attend_in_trunk(q_trunk, k_trunk, v_trunk)] if q_trunk.shape[2] else []
             for which, end, mask in parts:
                 keys = torch.cat([k_trunk[:, :, :end], k_registers[:, :, which]], dim=2)
                 values = torch.cat([v_trunk[:, :, :end], v_registers[:, :, which]], dim=2)

@@ -104,8 +104,7 @@ def state(run, root, scale):
     if not (here / "ckpt.pt").exists():         # which is written after config.json
         return "new"
     told, told_now = json.loads((here / "config.json").read_text()), resolve(run.stage, flags_of(run, root, scale))
-    same = all(told.get(name, value) == value for name, value in told_now.items() if name != "resume")
-    if not same:
+    if told | {"resume": False} != told_now | {"resume": False}:
         return "new"
     last = (log_of(run, root) or [{}])[-1]
     return "done" if last.get("step") == told["max_iters"] and "val_rnn_loss" in last else "begun"

@@ -136,7 +136,8 @@ def parse(Config, argv=None, presets=None):
     for f in dataclasses.fields(Config):
         kind = next((t for t in typing.get_args(hints[f.name]) if t is not types.NoneType), hints[f.name])
         default = "unset" if f.default in (None, "") else f.default
-        text = f"{comments.get(f.name, '')} (default {default})".replace("%", "%%")
+        instead = f"; preset tiny: {presets['tiny'][f.name]}" if presets and f.name in presets["tiny"] else ""
+        text = f"{comments.get(f.name, '')} (default {default}{instead})".replace("%", "%%")
         optional = dict(nargs="?", const=True, type=parse_bool) if kind is bool else dict(type=kind)
         parser.add_argument(f"--{f.name}", metavar="true|false" if kind is bool else kind.__name__, default=None, help=text, **optional)
 
@@ -345,10 +346,11 @@ def start(config, stage):
     return run
 
 
-def begin(run, config, data, networks, optimizer):
+def begin(run, config, data, networks, optimizer, phases=lambda config: ()):
     """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns the first step.
 
-    --resume also restores the optimiser and what was spent, and drops the log lines that will be written again.
+    --resume also restores the optimiser and what was spent, and drops the log lines that will be written again. phases(config): the
+    steps at which phases of the run end, of which --resume must not find those that are over elsewhere: UsageError.
     """
     step, kept, told = 0, [], dataclasses.asdict(config)
     log = run.out_dir / "metrics.jsonl"
@@ -361,10 +363,10 @@ def begin(run, config, data, networks, optimizer):
             optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, ValueError):
             raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}: its optimiser does not fit") from None
-        began_with = checkpoint["config"].get("init_from")
-        if bool(began_with) != bool(config.init_from):      # which decides what the first steps of a run train
-            raise UsageError(f"--resume: the run began {f'with --init_from={began_with}' if began_with else 'without --init_from'}")
         step, run.spent = checkpoint["step"], checkpoint["spent"]
+        ends, ends_now = phases(types.SimpleNamespace(**checkpoint["config"])), phases(config)
+        if [min(end, step) for end in ends] != [min(end, step) for end in ends_now]:
+            raise UsageError(f"--resume: the first phases of the run end at steps {ends}, with these flags they would end at {ends_now}")
         run.since = {"step": step, **run.spent}
         kept = [line for line in read_log(log) if line["step"] < step or line["step"] == step and "train_loss" in line]  # it evaluates anew
         changed = [f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in told.items()

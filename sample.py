@@ -10,6 +10,7 @@
 Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many came before.
 The Transformer baseline is used in the same way: what it carries from token to token are the keys and values of the last context_len.
 """
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,8 +183,7 @@ def write(text):
 
 def paint(networks, initial_memory, meta, config, path):
     """Generate or complete pictures and write them as one PNG grid; for completions also what was given, and the truth."""
-    n, shape = config.num_samples or 16, (meta["image"]["height"], meta["image"]["width"])
-    device, length = initial_memory.device, meta["longest_document"]
+    n, length, device = config.num_samples or 16, meta["longest_document"], initial_memory.device
     kept = max(1, round(config.keep * length)) if config.prompt else 1
     if config.prompt == "held-out":
         data = datasets.load(meta["name"], config.data_dir)
@@ -196,7 +196,7 @@ def paint(networks, initial_memory, meta, config, path):
     tokens = complete(networks, initial_memory, whole[:, :kept].to(device), length, config).cpu()
 
     pictures = [datasets.tokens_to_image(row, meta) for row in tokens]
-    columns = 1 << (n - 1).bit_length() // 2 + (n - 1).bit_length() % 2
+    columns = math.ceil(math.sqrt(n))
     if config.prompt:                                # three lines: given (the rest grey), completed, truth
         truth = [datasets.tokens_to_image(row, meta) for row in whole]
         known = datasets.tokens_to_image(np.where(np.arange(length) < kept, meta["vocab_size"] - 1, 0), meta) > 0

@@ -100,7 +100,7 @@ def main():
     run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
-    val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
+    val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
     networks = build(model_config(config), data.vocab_size, ("updater", "readout"))
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))

@@ -26,13 +26,14 @@ from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
 from model import chain_flops, forward_flops, parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
 from runtime import RunConfig, UsageError
+from train_smt import decoder_loss
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
     """What train_dmt.py can be told, beside what all train scripts can."""
     horizon: int = 0                # tokens of a roll-out; 0: the whole row. Rows are cut into as many of them as fit, side by side
-    grow: float = 0.0               # share of the iterations over which the horizon doubles, from --label_stride up to that
+    grow: float = 0.0               # share of the iterations over which the horizon doubles, from --label_stride up to --horizon
     label_stride: int = 1           # steps from one label of the encoder to the next; with --unroll, from one labelled run to the next
     unroll: int = 1                 # steps of a run: f goes on from its own memory, with gradients through them; 1 is DAgger
     updates: int = 1                # optimiser steps made with the pairs of an iteration, each with its share of them
@@ -40,7 +41,7 @@ class Config(RunConfig):
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     persistent: bool = False        # each row is a long stream: its roll-out goes on from the last memory of the one before (text only)
     lambda_dyn: float = 10.0        # weight of the dynamics loss
-    relative: bool = False          # it is, for each memory token, relative to how much the token changes
+    relative: bool = False          # it is, for each memory token, relative to how far the token is from its label before the run
     lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
     lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
     lambda_read: float = 1.0        # weight of the readout's loss
@@ -147,19 +148,15 @@ def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config,
     on from its own memory for k steps, and L_hold is at the last. Each term is these roll-outs' share of the global mean: counts
     (4,) as of count_terms, of the global batch. Returns the weighted sum and its terms.
     """
-    pad, decoder = networks["updater"].pad, networks["decoder"]
     transitions, predictions, held, readouts = counts.clamp(min=1)
     losses = {}
     predicted = roll_out(networks["updater"], before.flatten(0, 1), x[:, runs].flatten(0, 1)).view_as(labels)
-    real = x[:, runs] != pad
-    losses["dyn"] = squared_error(predicted, labels, real, before[:, :, None] if config.relative else None).sum() / transitions
+    real = x[:, runs] != networks["updater"].pad
+    losses["dyn"] = squared_error(predicted, labels, real, before[:, :, None] if config.relative else None) / transitions
     if config.lambda_own:
-        logits = decoder(predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
-        losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
+        losses["own"] = decoder_loss(networks, predicted.flatten(1, 2), x, y, runs.flatten(), predictions, future_len=1)
     if config.lambda_hold:
-        future_x, future_y = futures(x, y, runs[:, -1], future_len, pad)
-        logits = decoder(predicted[:, :, -1].flatten(0, 1), future_x.flatten(0, 1))
-        losses["hold"] = cross_entropy(logits, future_y.flatten(0, 1)) / held
+        losses["hold"] = decoder_loss(networks, predicted[:, :, -1], x, y, runs[:, -1], held, future_len)
     losses["read"] = cross_entropy(networks["readout"](after[:, reads].flatten(0, 1)), y[:, reads]) / readouts
     loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
@@ -173,7 +170,8 @@ def encoded_starts(begins):
 def step_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
     """FLOPs of an iteration (backward costs twice the forward), all of them and the longest chain of dependent ones."""
     n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]     # as many are read out
-    forward = forward_flops(model_config, vocab_size, T, n * labelled + encoded_starts(begins))
+    starts = 0 if config.persistent else encoded_starts(begins)                     # streams go on from their own memories
+    forward = forward_flops(model_config, vocab_size, T, n * labelled + starts)
     chain = {name: chain_flops(network) for name, network in networks.items()}
     own, hold = bool(config.lambda_own), bool(config.lambda_hold)
     return (config.batch_size * (forward["encoder"] + n * h * forward["updater"]
@@ -190,7 +188,7 @@ def main():
     run = runtime.start(config, "dmt")
     run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
-    val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
+    val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
     source = runtime.load(run.checkpoint_path if config.resume else config.init_from or f"runs/{config.dataset}-smt", run.device)
     runtime.check_data(source, data)

@@ -29,9 +29,9 @@ UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
 class Config(ModelConfig, RunConfig):
     """What train_smt.py can be told, beside what all train scripts can."""
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
-    positions: int = 1              # positions S of each row that get a memory, drawn anew each step, and transitions trained there
-    decode_every: int = 1           # a long future is decoded at one in so many of these positions
-    unroll: int = 1                 # steps of the transition in a row between two memories of the encoder; S transitions in all
+    positions: int = 1              # positions S of each row that get a memory, drawn anew each step; as many transitions are trained
+    decode_every: int = 1           # the decoder is trained at one in so many of these positions
+    unroll: int = 1                 # steps of the transition in a row between two memories of the encoder, in S / unroll runs
     trunk_iters: int = 0            # first iterations, which train the causal encoder's trunk alone, as a language model
     teacher_iters: int = 0          # those after, encoder and decoder alone; both are 2/3 of a short run at most, none with --init_from
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
@@ -40,7 +40,7 @@ class Config(ModelConfig, RunConfig):
     lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
     lambda_trunk: float = 0.0       # weight of the next-token loss of the causal encoder's trunk
     lambda_dyn: float = 0.1         # weight of the dynamics loss
-    relative: bool = False          # it is, for each memory token, relative to how much the token changes
+    relative: bool = False          # it is, for each memory token, relative to how much the token changes during a run
     lambda_unif: float = 0.001      # weight of the uniformity loss
     lambda_read: float = 1.0        # weight of the readout's loss
     detach: bool = False            # train the transition on detached memories: the dynamics do not shape the encoder
@@ -96,8 +96,8 @@ def count_terms(x, y, t, config, pad):
     """The denominators of the means, (6,): targets decoded, transitions trained, targets after them, targets decoded at the end
     of each run, targets at t, all targets."""
     runs = runs_of(t, x.shape[1], config.unroll)
-    far, held = (futures(x, y, some, config.future_len, pad)[1] for some in (t[::config.decode_every], runs[:, -1]))
-    return torch.stack([(far != IGNORE).sum(), (x[:, runs] != pad).sum(),
+    decoded, held = (futures(x, y, some, config.future_len, pad)[1] for some in (t[::config.decode_every], runs[:, -1]))
+    return torch.stack([(decoded != IGNORE).sum(), (x[:, runs] != pad).sum(),
                         *((some != IGNORE).sum() for some in (y[:, runs], held, y[:, t], y))])
 
 
@@ -172,9 +172,9 @@ def smt_loss(networks, x, y, t, counts, config):
     rows, which has counts (6,) of each kind: summed over micro-batches and processes they are the losses. What is relative is so
     to these rows. Returns the weighted sum and its terms.
     """
-    encoder, decoder, pad, T, S = networks["encoder"], networks["decoder"], networks["encoder"].pad, x.shape[1], len(t)
+    encoder, S, losses = networks["encoder"], len(t), {}
     decoded, transitions, predictions, held, readouts, targets = counts.clamp(min=1)
-    runs, losses = runs_of(t, T, config.unroll), {}                                         # (R, k)
+    runs = runs_of(t, x.shape[1], config.unroll)                                            # (R, k)
 
     trunk = None
     if config.lambda_trunk:
@@ -189,17 +189,16 @@ def smt_loss(networks, x, y, t, counts, config):
         start, goal = memories.unflatten(1, along.shape).split([1, config.unroll], dim=2)
     # after: m_t (B, S, K, d); start: m before each run (B, R, 1, K, d); goal: m after each of its steps (B, R, k, K, d)
 
-    far = slice(None, None, config.decode_every)
-    losses["dec"] = decoder_loss(networks, after[:, far], x, y, t[far], decoded, config.future_len)
+    some = slice(None, None, config.decode_every)
+    losses["dec"] = decoder_loss(networks, after[:, some], x, y, t[some], decoded, config.future_len)
 
     if config.detach:
         start, goal = start.detach(), goal.detach()
     predicted = roll_out(networks["updater"], start.flatten(0, 2), x[:, runs].flatten(0, 1)).view_as(goal)
-    real = x[:, runs] != pad
-    losses["dyn"] = squared_error(predicted, goal, real, start if config.relative else None).sum() / transitions
+    real = x[:, runs] != encoder.pad
+    losses["dyn"] = squared_error(predicted, goal, real, start if config.relative else None) / transitions
     if config.lambda_own:
-        logits = decoder(predicted.flatten(0, 2), x.new_empty(real.numel(), 0))
-        losses["own"] = cross_entropy(logits, y[:, runs]) / predictions
+        losses["own"] = decoder_loss(networks, predicted.flatten(1, 2), x, y, runs.flatten(), predictions, future_len=1)
     if config.lambda_hold:
         losses["hold"] = decoder_loss(networks, predicted[:, :, -1], x, y, runs[:, -1], held, config.future_len)
 
@@ -223,8 +222,9 @@ def step_flops(config, networks, vocab_size, T, phase=2):
     memories = decoded if phase == 1 else 2 * S if config.unroll == 1 else S + R + updated
     forward = forward_flops(config, vocab_size, T, memories)
     if phase == 0:
-        layers = config.encoder_layers - config.register_layers
-        return 3 * config.batch_size * forward["trunk"], 3 * chain["encoder"] * layers // config.encoder_layers
+        encoder, head = networks["encoder"], networks["decoder"].head
+        trunk = torch.nn.ModuleList([encoder.embed, *encoder.transformer.blocks[:encoder.trunk_layers], head])
+        return 3 * config.batch_size * forward["trunk"], 3 * chain_flops(trunk)
     head = T * 2 * config.d_model * vocab_size if config.lambda_trunk else 0
     teacher = forward["encoder"] + decoded * forward["decoder"] + head
     own = updated * forward["first"] if config.lambda_own else 0
@@ -246,12 +246,12 @@ def main():
     T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
     if config.unroll > T:
         raise UsageError(f"--unroll={config.unroll} is longer than a row, {T} tokens")
-    val_x, val_y = datasets.held_out(data, config.eval_docs, min(config.eval_len, data.longest_document), seed=0)
+    val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
     networks = build(config, data.vocab_size).to(run.device)
     optimizer = runtime.adamw(networks, config)
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
-    first_step = runtime.begin(run, config, data, networks, optimizer)
+    first_step = runtime.begin(run, config, data, networks, optimizer, phases)
     run.print(parameter_counts(networks))
 
     run.start_clock()

@@ -103,7 +103,7 @@ def reference_memory(encoder, x, t):
         trunk = list(range(len(past)))
         registers = list(range(len(past), len(past) + K))
         positions = trunk + [t + 2 + k for k in range(K)]
-        sees = [list(range(max(0, i + 1 - Tc), i + 1)) for i in trunk]
+        sees = [list(range(max(0, i - Tc), i + 1)) for i in trunk]
         alone, joined = slice(encoder.trunk_layers), slice(encoder.trunk_layers, None)
         h = reference_transformer(encoder.transformer, reference_stem(encoder.embed, past), trunk, sees, alone)
         sees = sees + [[i for i in trunk if t + 1 - Tc < i <= t + 1] + registers] * K
@@ -305,14 +305,14 @@ def test_memory_depends_on_all_of_the_past_it_reads_and_on_nothing_after_t(chang
 
 @pytest.mark.parametrize("kind, layers, conv_width", [("window", 1, 1), ("window", 2, 3), ("causal", 1, 1), ("causal", 2, 1)])
 def test_tokens_before_the_window_are_not_read(kind, layers, conv_width):
-    """Each layer of the causal kind looks back on as many tokens: the second one finds what the first one carried into its window."""
+    """The registers of the causal kind find what each layer of the trunk carried into their window, from as many places before."""
     x, t = tokens(1, 2 * T), torch.arange(-1, 2 * T)
     encoder = randomise(Encoder(config(encoder=kind, encoder_layers=layers, conv_width=conv_width), V))
     for i in range(2 * T):
         perturbed = x.clone()
         perturbed[0, i] = (x[0, i] + 1) % V
         moved = changed(encoder(x, t)[0], encoder(perturbed, t)[0])
-        reach = 4 if kind == "window" else 4 + 3 * (layers - 1)
+        reach = 4 if kind == "window" else 4 * layers
         inside, gone = moved[(t >= i) & (t < i + reach)], moved[t >= i + reach]
         assert inside.min() > (1e-4 if layers == 1 or kind == "window" else 1e-9)
         assert not len(gone) or gone.max() < 1e-12
@@ -329,7 +329,7 @@ def test_registers_read_the_last_tokens_of_the_trunk_up_to_t(register_layers):
         perturbed = trunk.clone()
         perturbed[:, place] += torch.randn(8, dtype=torch.float64)
         moved = changed(before, encoder.remember(perturbed, t)[0])
-        assert t[moved > 1e-12].tolist() == list(range(place - 1, min(place + 3 * register_layers, T)))
+        assert t[moved > 1e-12].tolist() == list(range(place - 1, min(place - 1 + 4 * register_layers, T)))
 
 
 def test_trunk_is_causal_and_begins_with_nothing_read():
@@ -511,24 +511,24 @@ def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
 
 @pytest.mark.parametrize("shape", [(6, 3, 8), (5, 2, 3, 8), (2, 3, 4, 3, 8)])
 def test_squared_error_equals_plain_loops_relative_to_how_much_each_token_changes_in_the_batch_or_not(shape):
+    """The way to the goal counts as a constant: f is not to be made better by memories that move more."""
     size = torch.tensor([1.0, 0.2, 1e-3], dtype=torch.float64)[:, None]
     before = torch.randn(shape, dtype=torch.float64)
     goal = before + torch.randn(shape, dtype=torch.float64) * size
     before, goal, memory = (some.requires_grad_() for some in (before, goal, goal + torch.randn(shape, dtype=torch.float64)))
+    constant_goal, constant_before = goal.detach(), before.detach()
     real = torch.arange(before[..., 0, 0].numel()).view(shape[:-2]) % 5 != 1
-    pairs = [pair for pair, counts in zip(zip(goal.flatten(0, -3), before.flatten(0, -3)), real.flatten()) if counts]
+    pairs = [pair for pair, counts in zip(zip(constant_goal.flatten(0, -3), constant_before.flatten(0, -3)), real.flatten()) if counts]
     change = [(sum((a[k, j] - b[k, j]) ** 2 for a, b in pairs for j in range(8)) / 8 / len(pairs)).clamp(min=1e-4) for k in range(3)]
     assert change[0] > 10 * change[1] > 100 * change[2] and change[2] == 1e-4           # the last one's is so small that it counts as that
-    weight = torch.randn(shape[:-2], dtype=torch.float64)
     for relative in (False, True):
         expected = [counts * sum(sum((a[k, j] - b[k, j]) ** 2 for j in range(8)) / 8 / (change[k] if relative else 1) for k in range(3)) / 3
                     for a, b, counts in zip(memory.flatten(0, -3), goal.flatten(0, -3), real.flatten())]
-        found, expected = squared_error(memory, goal, real, before if relative else None), torch.stack(expected).view(shape[:-2])
+        found, expected = squared_error(memory, goal, real, before if relative else None), sum(expected)
         torch.testing.assert_close(found, expected)
-        for ours, theirs in zip(*(torch.autograd.grad((e * weight).sum(), [memory, goal]) for e in (found, expected))):
+        for ours, theirs in zip(*(torch.autograd.grad(e, [memory, goal]) for e in (found, expected))):
             torch.testing.assert_close(ours, theirs)
-    none = squared_error(memory, goal, torch.zeros_like(real), before)
-    assert not none.any() and none.isfinite().all()
+    assert squared_error(memory, goal, torch.zeros_like(real), before) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,9 +607,9 @@ def test_flops_are_those_that_torch_counts(changes):
 
 
 def test_flops_of_a_causal_encoder_grow_with_the_places_that_its_layers_look_back_on():
-    T = 200
+    T = 800
     for trunk_layers in (0, 2):
-        for context_len in (20, 130, 200, 240):
+        for context_len in (80, 530, 800, 840):
             places = sum(min(i + 1, context_len) for i in range(T)) / T
             sizes, nothing = (config(encoder="causal", encoder_layers=trunk_layers + 1, context_len=n) for n in (context_len, 1))
             ours, theirs = (forward_flops(s, V, T, 5) for s in (sizes, nothing))

@@ -145,6 +145,9 @@ def test_an_interrupted_run_is_resumed_and_other_flags_or_data_begin_it_and_what
     monkeypatch.setattr(reproduce.datasets, "prepare", functools.partial(reproduce.datasets.prepare, train_tokens=4096, val_tokens=4096))
     assert call(reproduce, "pair").status == 0
     assert len(commands) == 7 and not any("--resume" in command for command in commands[3:])
+    told = json.loads((here / "config.json").read_text())
+    (here / "config.json").write_text(json.dumps(told | {"lambda_gone": 1.0}))    # a flag that there is no more
+    assert call(reproduce, "pair").status == 0 and len(commands) == 9
 
 
 def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatch):

@@ -92,7 +92,9 @@ def test_help_lists_every_field_with_its_type_its_default_and_its_comment(script
         kind = "bool" if "bool" in str(field.type) else next(k for k in ("int", "float", "str") if k in str(field.type))
         default = "unset" if field.default in (None, "") else field.default
         flag = f"--{field.name} [true|false]" if kind == "bool" else f"--{field.name} {kind}"
-        assert f"{flag} {' '.join(comment.split())} (default {default})" in text, field.name
+        instead = getattr(script, "PRESETS", {"tiny": {}})["tiny"].get(field.name)
+        default = f"{default})" if instead is None else f"{default}; preset tiny: {instead})"
+        assert f"{flag} {' '.join(comment.split())} (default {default}" in text, field.name
 
 
 @SCRIPTS
@@ -274,16 +276,28 @@ def test_resuming_says_from_where_and_which_flags_are_others(tmp_path, data_dir,
     assert changed == "resumed at step 4; --max_iters=6, was 4; --lr=0.5, was 0.01"
 
 
-def test_a_run_that_went_on_from_other_weights_is_resumed_as_one_that_did(tmp_path, data_dir, smt_run):
-    """Without --init_from the first steps would train the trunk again, and then replace decoder and readout."""
-    phases = "--encoder=causal --encoder_layers=2 --trunk_iters=2 --teacher_iters=2 --eval_interval=1 --log_interval=1 --max_iters=".split()
-    arguments = [*flags("smt", data_dir, smt_run, tmp_path / "first"), *phases[:-1]]
-    trained(train_smt, *arguments, "--max_iters=6")
-    source, arguments = f"--init_from={tmp_path / 'first'}", [*arguments, f"--out_dir={tmp_path / 'second'}"]
-    trained(train_smt, *arguments, source, "--max_iters=1")
-    refused(call(train_smt, *arguments, "--resume", "--max_iters=6"), 2, f"the run began with {source}")
-    trained(train_smt, *arguments, source, "--resume", "--max_iters=6")
-    refused(call(train_smt, *arguments, f"--out_dir={tmp_path / 'first'}", source, "--resume"), 2, "the run began without --init_from")
+def test_a_run_whose_phases_would_have_ended_elsewhere_is_not_resumed(tmp_path, monkeypatch, data_dir, smt_run):
+    """Its next steps would train the trunk again, and then replace decoder and readout."""
+    phases = "--encoder=causal --encoder_layers=2 --trunk_iters=2 --teacher_iters=2 --eval_interval=1 --log_interval=1 --max_iters=6".split()
+
+    def arguments(folder):
+        return [*flags("smt", data_dir, smt_run, tmp_path / folder), *phases]
+    trained(train_smt, *arguments("first"))
+    source, ends = f"--init_from={tmp_path / 'first'}", "end at steps [{}, {}], with these flags they would end at [{}, {}]".format
+    trained(train_smt, *arguments("second"), source, "--max_iters=1")
+    before = checkpoint(tmp_path / "second")
+    refused(call(train_smt, *arguments("second"), "--resume"), 2, ends(0, 0, 2, 4))
+    assert_same_bits(before, checkpoint(tmp_path / "second"))
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["init_from"]
+    trained(train_smt, *arguments("second"), source, "--resume")
+    refused(call(train_smt, *arguments("first"), source, "--resume"), 2, ends(2, 4, 0, 0))
+    trained(train_smt, *arguments("short"), "--max_iters=3")                      # two thirds of which are 2 steps
+    refused(call(train_smt, *arguments("short"), "--resume"), 2, ends(1, 2, 2, 4))
+    trained(train_smt, *arguments("short"), "--resume", "--trunk_iters=1", "--teacher_iters=1")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, signal.SIGTERM)
+        trained(train_smt, *arguments("stopped"))
+    trained(train_smt, *arguments("stopped"), "--resume", "--trunk_iters=3")      # which is not over yet
 
 
 def test_what_the_log_has_an_evaluation_of_is_saved(tmp_path, monkeypatch, data_dir, smt_run):

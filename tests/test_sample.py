@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import BPTT_SIZES, QUICK, SIZES, call, randomise, trained
+from conftest import BPTT_SIZES, QUICK, call, randomise, trained
 
 import data
 import sample

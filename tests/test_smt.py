@@ -4,6 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import randomise
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import train_smt
@@ -186,7 +188,7 @@ def reference_losses(networks, x, y, t, settings):
             hold += future(state, run[-1])
         if settings.lambda_trunk:
             trunk += [nll(decoder.predict(encoder.trunk(x[b:b + 1, :i + 1])[0, -1]), y[b, i]) for i in range(T) if y[b, i] != IGNORE]
-    scale = [mean([(goal[k] - before[k]).square().mean() for _, goal, before, real in steps if real]) if settings.relative else 1
+    scale = [mean([(goal[k] - before[k]).detach().square().mean() for _, goal, before, real in steps if real]) if settings.relative else 1
              for k in range(settings.memory_tokens)]
     dyn = [mean([(a - b).square().mean() / size for a, b, size in zip(state, goal, scale)]) for state, goal, _, real in steps if real]
     groups = torch.stack(memories).view(len(x), len(t), settings.memory_tokens, -1).split(train_smt.UNIFORMITY_ROWS)
@@ -416,6 +418,35 @@ def test_flops_count_the_head_of_the_trunk_wherever_it_is_trained(phase):
     networks = build(settings, V)
     with_head, without = (train_smt.step_flops(replace(settings, lambda_trunk=weight), networks, V, 6, phase)[0] for weight in (1.0, 0.0))
     assert with_head - without == 3 * settings.batch_size * 6 * 2 * settings.d_model * V
+
+
+@pytest.mark.parametrize("options", [WINDOW | ALL, CAUSAL | ALL | dict(unroll=2), TRUNK | EXTRA | ALL | dict(decode_every=3, unroll=3)],
+                         ids=["window", "causal-2", "causal-3-trunk-extra"])
+def test_flops_are_those_that_torch_counts(options):
+    """In the products of matrices, three times for forward and backward; torch counts those of causal attention in full, we count half."""
+    settings = config(**options, d_model=32, context_len=8, detach=True)
+    networks, (x, y, t) = build(settings, V), batch(STORIES, 8, 8)
+    counts = count_terms(x, y, t, settings, PAD)
+    batched = networks, x, y, t, counts, settings
+    losses = [lambda: teacher_loss(*batched, trunk_alone=True), lambda: teacher_loss(*batched, trunk_alone=False), lambda: smt_loss(*batched)]
+    for phase in range(0 if settings.encoder == "causal" else 1, 3):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            losses[phase]()
+            uniform = 0
+        if phase == 2:                                                            # all pairs of memory tokens, which we do not count
+            tokens = settings.batch_size * settings.positions * settings.memory_tokens
+            uniform = 2 * settings.d_model * min(tokens, train_smt.UNIFORMITY_TOKENS) ** 2
+        flops, chain = train_smt.step_flops(settings, networks, V, 8, phase)
+        assert flops == pytest.approx(3 * (counter.get_total_flops() - uniform), rel=0.06), phase
+        assert chain > 0
+
+
+@pytest.mark.parametrize("register_layers", [1, 2])
+def test_longest_chain_while_the_trunk_is_trained_alone_goes_through_the_trunk_and_the_decoders_head(register_layers):
+    networks = build(settings := config(**TRUNK, conv_width=3, register_layers=register_layers), V)
+    block, d = networks["encoder"].transformer.blocks[0], settings.d_model
+    matrices = 3 * d * d + (2 - register_layers) * sum(p.numel() for p in block.parameters() if p.dim() == 2) + d * V
+    assert train_smt.step_flops(settings, networks, V, 6, phase=0)[1] == 3 * 2 * matrices
 
 
 @pytest.mark.parametrize("options", [WINDOW, TRUNK | EXTRA | dict(positions=8, unroll=2)], ids=["window", "causal-all-2-trunk"])
