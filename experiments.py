@@ -309,7 +309,7 @@ EXPERIMENTS = {
     "updaters": Experiment("Does it depend on the kind of RNN?", 60, 1, updaters_runs,
                            (*ACCURACY, "uniformity", "effective_rank", "parameters", "seconds"),
                            results.dots("val_rnn_loss", "effective_rank", apart=True), look_at_memories),
-    "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs, (*ACCURACY, "val_drift", "flops"),
+    "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs, (*ACCURACY, "val_teacher_loss", "val_drift", "flops"),
                            results.dots("val_rnn_loss", "val_drift", apart=True)),
     "encoders": Experiment("One window for each memory, or many memories from one pass?", 60, 2, encoders_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
