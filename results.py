@@ -81,8 +81,8 @@ def write(name, facts, records, metrics, figure):
     lines = figure(records, FOLDER / f"{name}.png")
     rows = [{"case": case, "method": method, **{metric: spread(values) for metric, values in numbers.items()}}
             for (case, method), numbers in summarise(records, metrics).items()]
-    runs, rows = (",\n  ".join(map(json.dumps, some)) for some in (records, rows))                # a line each
-    content = json.dumps(facts | {"notes": lines}, indent=1)[:-2] + f',\n "rows": [\n  {rows}],\n "runs": [\n  {runs}]\n}}\n'
+    each, rows = (",\n  ".join(map(json.dumps, some)) for some in (records, rows))                # a line each
+    content = json.dumps(facts | {"notes": lines}, indent=1)[:-2] + f',\n "rows": [\n  {rows}],\n "records": [\n  {each}]\n}}\n'
     write_atomically(FOLDER / f"{name}.json", lambda path: path.write_text(content))
     tables = [table(records, metric) for metric in metrics if any(metric in record for record in records if record["done"])]
     pictures = [f"{name}.png", *(picture for record in records for picture in record.get("pictures", ()))]

@@ -114,7 +114,9 @@ def test_an_experiment_runs_end_to_end_and_a_second_call_starts_nothing(place, m
     assert "| SMT | SMT+DMT | BPTT, same seconds | Transformer, same seconds | chance |" in tables and "| - |" not in tables
     assert "0.250 |" in tables and "A line below the tables." in tables
 
-    grid = [r for r in json.loads(written[place / "results" / "all.json"])["runs"] if "lr=" in r["name"]]
+    content = json.loads(written[place / "results" / "all.json"])
+    assert content["runs"].endswith(" done")
+    grid = [r for r in content["records"] if "lr=" in r["name"]]
     best = min(grid, key=lambda r: r["val_rnn_loss"])
     other = next(command for command in commands if flag(command, "out_dir").endswith("bptt-same-seconds-1338"))
     assert float(flag(other, "lr")) == best["lr"]
