@@ -311,7 +311,7 @@ EXPERIMENTS = {
                            results.dots("val_rnn_loss", "effective_rank", apart=True), look_at_memories),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs, (*ACCURACY, "val_teacher_loss", "val_drift", "flops"),
                            results.dots("val_rnn_loss", "val_drift", apart=True)),
-    "encoders": Experiment("One window for each memory, or many memories from one pass?", 60, 2, encoders_runs,
+    "encoders": Experiment("One window for each memory, or many memories from one pass?", 65, 2, encoders_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
                            results.curves(["seconds", "tokens"], ["val_rnn_loss"])),
     "length": Experiment("Does it hold on documents longer than those of training?", 25, 2, length_runs, ACCURACY,
