@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randomise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -339,6 +340,19 @@ def test_trunk_is_causal_and_begins_with_nothing_read():
     assert whole.shape == (2, 3 * T + 1, 8)
     for length in range(3 * T):
         torch.testing.assert_close(encoder.trunk(x[:, :length]), whole[:, :length + 1], rtol=0, atol=1e-12)
+
+
+def test_a_trunk_of_a_row_as_long_as_the_context_needs_no_mask_which_rules_out_the_fastest_kernels(monkeypatch):
+    encoder, attend, masks = Encoder(config(encoder="causal", encoder_layers=3, context_len=T), V), F.scaled_dot_product_attention, []
+
+    def watched(*tensors, attn_mask=None, is_causal=False):
+        masks.append((attn_mask is not None, is_causal))
+        return attend(*tensors, attn_mask=attn_mask, is_causal=is_causal)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    encoder.trunk(torch.randint(V, (2, T)))
+    assert masks == [(False, True)] * 2
+    encoder.trunk(torch.randint(V, (2, T + 1)))
+    assert masks[2:] == [(True, False)] * 2
 
 
 @ENCODERS

@@ -185,6 +185,8 @@ def test_pictures_are_written_as_a_grid_and_picture_i_does_not_depend_on_their_n
     ask("mnist", "--num_samples=1", f"--out={tmp_path / 'one.png'}", "--seed=3")
     pictures, (one,) = cells(tmp_path / "three.png", 2), cells(tmp_path / "one.png", 1)
     assert len(pictures) == 4 and (pictures[3] == 96).all()                      # an empty place
+    ask("mnist", "--num_samples=5", f"--out={tmp_path / 'five.png'}")
+    assert len(cells(tmp_path / "five.png", 3)) == 6                              # as square as may be
     assert np.array_equal(pictures[1], one) and not np.array_equal(pictures[0], pictures[1]) and len(np.unique(one)) > 50
 
 
