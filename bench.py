@@ -360,6 +360,7 @@ def bench(config, run):
             rows.append(numbers)
         del items
         gc.collect()            # a compiled module refers to itself
+        torch.compiler.reset()  # the next size would compile no more where this one has used up the limit on shapes
     return rows
 
 
@@ -392,6 +393,7 @@ def main():
     if config.threads or config.grow == "processes":
         torch.set_num_threads(config.threads or 1)
     run = runtime.Run(device, 0, 1, Path(), cuda if config.compile is None else config.compile, 1)
+    torch._dynamo.config.cache_size_limit = runtime.COMPILED_SHAPES
     rows = bench(config, run)
     smt = build(stage_configs(config.preset, config.seed)["smt"], VOCAB_SIZE)
     gradient_bytes = sum(p.numel() * p.element_size() for p in smt.parameters())

@@ -154,7 +154,7 @@ def document_rows(split, meta, begin, length, cut):
                           documents_end(n_tokens, meta))
     else:
         end = torch.full_like(begin, n_tokens)
-    begin, end = torch.stack([begin, end])[..., None].to(device)                         # (B, 1) each
+    begin, end = torch.stack([begin, end])[..., None].to(device, non_blocking=True)      # (B, 1) each
 
     position = begin + torch.arange(length + 1, device=device)                           # (B, T + 1)
     index = position.clamp(max=n_tokens - 1)
@@ -209,7 +209,9 @@ def stream_rows(data, step, batch_size, seq_len, length, rank=0, world_size=1):
 
 
 def cross_entropy(logits, y):
-    """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V); autocast keeps it in float32."""
+    """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V); of bf16 in float32, which autocast does
+    not see to."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 

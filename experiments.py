@@ -306,7 +306,7 @@ EXPERIMENTS = {
     "dagger": Experiment("Is it DMT that makes the RNN stand alone, or would more of SMT do?", 10, 2, dagger_runs,
                          (*ACCURACY, "val_teacher_loss", "val_drift", "seconds"),
                          results.curves(["seconds"], ["val_rnn_accuracy", "val_drift"])),
-    "updaters": Experiment("Does it depend on the kind of RNN?", 60, 1, updaters_runs,
+    "updaters": Experiment("Does it depend on the kind of RNN?", 70, 1, updaters_runs,
                            (*ACCURACY, "uniformity", "effective_rank", "parameters", "seconds"),
                            results.dots("val_rnn_loss", "effective_rank", apart=True), look_at_memories),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs,

@@ -362,7 +362,8 @@ class Updater(nn.Module):
     def forward(self, memory, x):
         token = self.embed(x)
         if self.kind == "gru":
-            return normalise(self.cell(token, memory.flatten(1)).view_as(memory))
+            with torch.autocast(memory.device.type, enabled=False):     # in bf16 the state would be rounded at each step
+                return normalise(self.cell(token, memory.flatten(1)).view_as(memory))
         if self.kind == "transformer":
             h = self.transformer(torch.cat([memory, token[:, None]], dim=1), attend_to_all, slice(memory.shape[1]))
         else:

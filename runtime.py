@@ -3,9 +3,9 @@
 Nothing in here knows what a memory is. A train script uses it in this order:
 
     config = runtime.parse(Config, presets=PRESETS)     the command line, from a frozen dataclass
-    run = runtime.start(config, "smt")                  device, precision, processes, signals, output folder
+    run = runtime.start(config, "smt")                  device, precision, processes
     module = runtime.distribute(networks, loss, run)    one module that returns the loss: DDP, torch.compile
-    first_step = runtime.begin(run, config, ...)        --resume or --init_from, then the run's folder
+    first_step = runtime.begin(run, config, ...)        --resume or --init_from, the run's folder, signals
     run.count(losses), run.log_training(step, ...)      one JSON object a line in metrics.jsonl
     runtime.save(run, "smt", step, numbers, ...)        the checkpoint, atomically; then the evaluation's line
 """
@@ -51,6 +51,9 @@ def run_main(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]} A smaller --batch_size or a larger --grad_accum needs less.", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
@@ -77,9 +80,9 @@ class RunConfig:
     batch_size: int = 32        # rows per step, over all processes
     grad_accum: int = 1         # micro-batches per step and process; saves memory, and what is relative to a batch is so to one of them
     lr: float = 1e-3            # peak learning rate
-    lr_decay: str = "cosine"    # after the warm-up: constant, or cosine down to a tenth
+    lr_decay: str = "cosine"    # after the warm-up (SMT: after its first phases): constant, or cosine down to a tenth
     warmup: float = 0.01        # share of the steps over which the learning rate rises
-    weight_decay: float = 0.01  # of matrices; gains, biases and embeddings are not decayed
+    weight_decay: float = 0.01  # of what has two dimensions; gains, biases and embeddings are not decayed
     grad_clip: float = 1.0      # greatest norm of the gradient; 0: no clipping
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
@@ -175,7 +178,7 @@ class Run:
     spent: dict = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "flops": 0, "sequential_flops": 0})
     clock: float = 0.0                                  # when `seconds` was last brought up to date
     sums: dict = field(default_factory=dict)            # of the losses since the last log line: tensors, not synchronised
-    since: dict = field(default_factory=dict)           # what had been spent then
+    since: dict = field(default_factory=lambda: {"step": 0, "tokens": 0, "seconds": 0.0})       # what had been spent then
     stop_asked: bool = False
 
     @property
@@ -223,10 +226,11 @@ class Run:
         return torch.cat(parts)
 
     def should_stop(self, step):
-        """Whether SIGINT or SIGTERM arrived. Several processes agree on it at log steps only: it costs a synchronisation."""
+        """Whether SIGINT or SIGTERM arrived. Several processes agree on it at some steps only, as it costs a synchronisation; but
+        soon, since torchrun kills them after 30 seconds."""
         if self.world_size == 1:
             return self.stop_asked
-        return step % self.log_interval == 0 and self.sum(torch.tensor(float(self.stop_asked), device=self.device)).item() > 0
+        return step % min(self.log_interval, 10) == 0 and self.sum(torch.tensor(float(self.stop_asked), device=self.device)).item() > 0
 
     # -- the log: one JSON object a line, one line on the terminal
 
@@ -261,13 +265,13 @@ class Run:
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
 
-    def log_training(self, step, grad_norm, lr):
-        """Every log_interval steps: the losses' means over these steps, micro-batches and processes. DataError if not finite."""
-        if step % self.log_interval:
+    def log_training(self, step, grad_norm, lr, phase_ends=()):
+        """Every log_interval steps, and where a phase ends: the losses' means over the steps since the last line. DataError if they
+        are not finite."""
+        if step % self.log_interval and step not in phase_ends:
             return
         self.read_clock()
-        since = self.since or {"step": step - self.log_interval, "tokens": 0, "seconds": 0.0}
-        steps = step - since["step"]
+        since, steps = self.since, step - self.since["step"]
         means = self.sum(torch.stack(list(self.sums.values()))) / steps
         losses = {name: float(mean) for name, mean in zip(self.sums, means.tolist())}
         for name, value in {"loss": losses["train_loss"], "gradient's norm": float(grad_norm)}.items():
@@ -289,7 +293,7 @@ class Run:
 
     @contextmanager
     def evaluating(self):
-        """Inside, the clock stands and there are no gradients."""
+        """Inside, the clock stands and there are no gradients: evaluate, and save."""
         self.read_clock()
         with torch.no_grad(), self.autocast():
             yield
@@ -312,6 +316,7 @@ def choose_device(name, local_rank=0):
             raise UsageError(f"--device={name}, but there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32; after backends.cuda.matmul.fp32_precision torch.compile may fail
+        torch.backends.cuda.enable_cudnn_sdp(False)     # else the first choice on an H100: a plan for each new shape, and NaN for some
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device=mps, but torch sees no such device here")
     elif device.type not in ("cpu", "cuda", "mps"):
@@ -323,14 +328,17 @@ COMPILED_SHAPES = 32    # DMT has one for each horizon and part of a roll-out; p
 
 
 def start(config, stage):
-    """Join the other processes (torchrun), choose device and precision, make the output folder, print it all in one line."""
+    """Join the other processes (torchrun), choose device and precision, print it all in one line."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world_size > 1 and ":" in config.device:
+        raise UsageError(f"--device={config.device} is a single one; several processes take one each with --device=cuda")
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.batch_size % (world_size * config.grad_accum):
         raise UsageError(f"--batch_size={config.batch_size} must be a multiple of processes x grad_accum "
                          f"= {world_size} x {config.grad_accum}")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))   # of a download
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)     # hours: of a download
     torch.manual_seed(config.seed % 2**63)
 
     compile = config.compile if config.compile is not None else device.type == "cuda"
@@ -350,7 +358,7 @@ def begin(run, config, data, networks, optimizer, phases=lambda config: ()):
     """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns the first step.
 
     --resume also restores the optimiser and what was spent, and drops the log lines that will be written again. phases(config): the
-    steps at which phases of the run end, of which --resume must not find those that are over elsewhere: UsageError.
+    steps at which phases end; UsageError for --resume where one that is over would have ended elsewhere.
     """
     step, kept, told = 0, [], dataclasses.asdict(config)
     log = run.out_dir / "metrics.jsonl"
@@ -359,12 +367,17 @@ def begin(run, config, data, networks, optimizer, phases=lambda config: ()):
         check_data(checkpoint, data)
         check_architecture(checkpoint, config, checkpoint["model_config"], run.checkpoint_path)
         load_weights(networks, checkpoint["model"], run.checkpoint_path)
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
         try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.load_state_dict(checkpoint["optimizer"])      # it brings the decay of before, too
         except (KeyError, ValueError):
             raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}: its optimiser does not fit") from None
+        for group, decay in zip(optimizer.param_groups, decays):
+            group["weight_decay"] = decay
         step, run.spent = checkpoint["step"], checkpoint["spent"]
-        ends, ends_now = phases(types.SimpleNamespace(**checkpoint["config"])), phases(config)
+        if step > config.max_iters:
+            raise UsageError(f"--resume: the run is at step {step} already, beyond --max_iters={config.max_iters}")
+        ends, ends_now = phases(types.SimpleNamespace(**told | checkpoint["config"])), phases(config)
         if [min(end, step) for end in ends] != [min(end, step) for end in ends_now]:
             raise UsageError(f"--resume: the first phases of the run end at steps {ends}, with these flags they would end at {ends_now}")
         run.since = {"step": step, **run.spent}
@@ -405,7 +418,7 @@ def read_log(path):
 def check_architecture(checkpoint, config, names, path):
     """DataError if a field of the checkpoint's ModelConfig, one of `names`, has another value in the stage's config."""
     for name in names:
-        value = checkpoint["model_config"][name]
+        value = checkpoint["model_config"].get(name)
         if getattr(config, name, value) != value:
             raise DataError(f"{path} has another architecture: --{name}={value}, not {getattr(config, name)}")
 
@@ -592,7 +605,8 @@ def load(path, map_location="cpu"):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
         raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
-    if not (isinstance(checkpoint, dict) and {"stage", "step", "config", "data", "model", "model_config", "initial_memory"} <= checkpoint.keys()
+    if not (isinstance(checkpoint, dict) and {"stage", "step", "config", "data", "model", "model_config", "initial_memory", "spent",
+                                              "optimizer"} <= checkpoint.keys()
             and isinstance(checkpoint["data"], dict) and {"name", "kind", "vocab_size"} <= checkpoint["data"].keys()):
         raise DataError(f"{path} is not a checkpoint of this project")
     return checkpoint

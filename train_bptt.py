@@ -61,6 +61,9 @@ TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dic
 PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
+READOUTS = 32768       # memories in a call of the readout: CUDA's attention kernels refuse a batch of 65536
+
+
 def unroll(updater, memory, x, truncate=0):
     """The memories after each token of x (B, T), from memory (B, K, d) -> (B, T, K, d).
 
@@ -80,7 +83,8 @@ def bptt_loss(networks, x, y, count, truncate=0):
     """
     start = normalise(networks.initial_memory).expand(len(x), -1, -1)
     memories = unroll(networks["updater"], start, x, truncate)
-    logits = networks["readout"](memories.flatten(0, 1))        # all steps at once: only the updater is sequential
+    parts = memories.flatten(0, 1).split(READOUTS)              # all steps at once: only the updater is sequential
+    logits = torch.cat([networks["readout"](part) for part in parts])
     loss = cross_entropy(logits, y) / count.clamp(min=1)
     return loss, dict(train_loss=loss)
 
@@ -118,8 +122,8 @@ def main():
             with run.evaluating():
                 initial_memory = normalise(networks.initial_memory)
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-            runtime.save(run, "bptt", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
-                         initial_memory=initial_memory)
+                runtime.save(run, "bptt", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
+                             initial_memory=initial_memory)
         if last:
             break
 

@@ -38,12 +38,12 @@ class Config(RunConfig):
     unroll: int = 1                 # steps of a run: f goes on from its own memory, with gradients through them; 1 is DAgger
     updates: int = 1                # optimiser steps made with the pairs of an iteration, each with its share of them
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text the encoder's context_len
-    p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
+    p_start: float = 0.5            # text: share of rows from a document's start; all data: of iterations that roll out from a row's start
     persistent: bool = False        # each row is a long stream: its roll-out goes on from the last memory of the one before (text only)
     lambda_dyn: float = 10.0        # weight of the dynamics loss
-    relative: bool = False          # it is, for each memory token, relative to how far the token is from its label before the run
-    lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
-    lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
+    relative: bool = False          # the dynamics loss of each memory token is divided by how far it is from its label at the start
+    lambda_own: float = 0.0         # weight of L_own: the decoder's first target, from the memories that the transition predicts
+    lambda_hold: float = 0.0        # weight of L_hold: the decoder's whole future, from the memory after --unroll steps
     lambda_read: float = 1.0        # weight of the readout's loss
 
     def __post_init__(self):
@@ -51,9 +51,9 @@ class Config(RunConfig):
         if min(self.horizon, self.seq_len) < 0 or min(self.unroll, self.updates) < 1 or not 0 <= self.p_start <= 1 or not 0 <= self.grow < 1:
             raise UsageError("--horizon and --seq_len are at least 0, --unroll and --updates at least 1, --p_start from 0 to 1, --grow below 1")
         if self.label_stride < self.unroll:
-            raise UsageError(f"--label_stride={self.label_stride} is at least 1 and at least --unroll={self.unroll}")
+            raise UsageError(f"--label_stride={self.label_stride} must be at least --unroll={self.unroll}")
         if self.persistent and self.grow:
-            raise UsageError("--persistent streams have one horizon: they take no --grow")
+            raise UsageError("--persistent streams have one horizon: they take --grow=0")
 
 
 PRESETS = {
@@ -221,9 +221,9 @@ def main():
         if step % config.eval_interval == 0 or last:
             with run.evaluating():
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-            extra = {"memory": run.gather(memory)} if memory is not None else {}
-            runtime.save(run, "dmt", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config),
-                         initial_memory=initial_memory, **extra)
+                extra = {"memory": run.gather(memory)} if memory is not None else {}
+                runtime.save(run, "dmt", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config),
+                             initial_memory=initial_memory, **extra)
         if last:
             break
 

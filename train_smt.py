@@ -29,18 +29,18 @@ UNIFORMITY_TOKENS = 512   # memory tokens looked at in each such group, at most
 class Config(ModelConfig, RunConfig):
     """What train_smt.py can be told, beside what all train scripts can."""
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
-    positions: int = 1              # positions S of each row that get a memory, drawn anew each step; as many transitions are trained
-    decode_every: int = 1           # the decoder is trained at one in so many of these positions
-    unroll: int = 1                 # steps of the transition in a row between two memories of the encoder, in S / unroll runs
+    positions: int = 1              # positions S drawn in each row; the readout is trained at each, and as many transitions are
+    decode_every: int = 1           # the decoder is trained at one in so many of --positions
+    unroll: int = 1                 # steps that the transition goes on from its own memory, with gradients, after one of the encoder's
     trunk_iters: int = 0            # first iterations, which train the causal encoder's trunk alone, as a language model
-    teacher_iters: int = 0          # those after, encoder and decoder alone; both are 2/3 of a short run at most, none with --init_from
+    teacher_iters: int = 0          # the next, which train encoder and decoder alone; both are 2/3 of a run at most, none with --init_from
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
-    lambda_own: float = 0.0         # weight of the decoder's first target from the memories that the transition predicts
-    lambda_hold: float = 0.0        # weight of the decoder's whole future from those at the end of each run
+    lambda_own: float = 0.0         # weight of L_own: the decoder's first target, from the memories that the transition predicts
+    lambda_hold: float = 0.0        # weight of L_hold: the decoder's whole future, from the memory after --unroll steps
     lambda_trunk: float = 0.0       # weight of the next-token loss of the causal encoder's trunk
     lambda_dyn: float = 0.1         # weight of the dynamics loss
-    relative: bool = False          # it is, for each memory token, relative to how much the token changes during a run
+    relative: bool = False          # the dynamics loss of each memory token is divided by how far the encoder's token moves
     lambda_unif: float = 0.001      # weight of the uniformity loss
     lambda_read: float = 1.0        # weight of the readout's loss
     detach: bool = False            # train the transition on detached memories: the dynamics do not shape the encoder
@@ -54,7 +54,7 @@ class Config(ModelConfig, RunConfig):
             if not 1 <= getattr(self, name) <= self.positions:
                 raise UsageError(f"--{name} is from 1 to --positions={self.positions}")
         if (self.lambda_trunk or self.trunk_iters) and self.encoder != "causal":
-            raise UsageError("--lambda_trunk and --trunk_iters are for --encoder=causal: the window encoder has no trunk that could predict")
+            raise UsageError("the window encoder has no trunk: --encoder=window takes --lambda_trunk=0 --trunk_iters=0")
         for name in ("trunk_iters", "teacher_iters"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name}={getattr(self, name)} must not be negative")
@@ -131,13 +131,13 @@ def decoder_loss(networks, memories, x, y, t, count, future_len):
 
 
 def phases(config):
-    """At which steps the trunk has been trained alone, and then encoder and decoder: in whole log lines, so that none averages two.
+    """The steps at which the trunk has been trained alone, and then encoder and decoder.
 
-    A run that goes on from trained networks (--init_from) has no such phases.
+    Both take two thirds of a short run at most. One that goes on from trained networks (--init_from) has no such phases.
     """
     first, both = (0, 0) if config.init_from else (config.trunk_iters, config.trunk_iters + config.teacher_iters)
     most = min(both, 2 * config.max_iters // 3)
-    return [end * most // max(1, both) // config.log_interval * config.log_interval for end in (first, both)]
+    return [end * most // max(1, both) for end in (first, both)]
 
 
 def teacher_loss(networks, x, y, t, counts, config, trunk_alone):
@@ -254,6 +254,7 @@ def main():
     first_step = runtime.begin(run, config, data, networks, optimizer, phases)
     run.print(parameter_counts(networks))
 
+    trunk_end, teacher_end = phases(config)
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):
         last = step == config.max_iters or run.should_stop(step)
@@ -261,38 +262,37 @@ def main():
             with run.evaluating():
                 initial_memory = networks["encoder"].initial_memory()
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-            runtime.save(run, "smt", step, numbers, config, data, networks, optimizer, model_config=model_fields(config),
-                         initial_memory=initial_memory)
+                runtime.save(run, "smt", step, numbers, config, data, networks, optimizer, model_config=model_fields(config),
+                             initial_memory=initial_memory)
         if last:
             break
 
-        trunk_end, teacher_end = phases(config)
         if step == trunk_end > 0:
             networks["decoder"].start_from(networks["encoder"])
         if step == teacher_end > 0:
             networks["readout"].start_from(networks["decoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions, config.p_start,
                                         run.rank, run.world_size)
-        t = t.to(run.device)
+        t = t.to(run.device, non_blocking=True)
         counts = run.sum(count_terms(x, y, t, config, data.pad))
-        for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
-            if step < teacher_end:
+        for i, rows in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
+            if step < teacher_end:                          # without DDP, which would wait for the gradients of all networks
                 with run.autocast():
-                    loss, losses = teacher_loss(networks, micro_x, micro_y, t, counts, config, step < trunk_end)
+                    loss, losses = teacher_loss(networks, *rows, t, counts, config, step < trunk_end)
                 loss.backward()
             else:
                 with runtime.micro_step(module, last=i == config.grad_accum - 1):
                     with run.autocast():
-                        loss, losses = module(micro_x, micro_y, t, counts)
+                        loss, losses = module(*rows, t, counts)
                     (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
         if step < teacher_end:
-            run.sum_gradients(networks)                     # DDP would wait for those of the other networks
+            run.sum_gradients(networks)
         lr = runtime.learning_rate(step, config, decay_from=teacher_end)
         grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
         flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, (step >= trunk_end) + (step >= teacher_end))
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
-        run.log_training(step + 1, grad_norm, lr)
+        run.log_training(step + 1, grad_norm, lr, phase_ends=(trunk_end, teacher_end))
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def main():
         if step % config.eval_interval == 0 or last:
             with run.evaluating():
                 numbers = evaluate(networks, no_memory, val_x, val_y, data.meta)
-            runtime.save(run, "transformer", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
-                         initial_memory=no_memory)
+                runtime.save(run, "transformer", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
+                             initial_memory=no_memory)
         if last:
             break
 

@@ -115,6 +115,15 @@ def test_truncated_gradients_equal_a_loop_that_detaches(updater):
         torch.testing.assert_close(a, b)
 
 
+def test_memories_read_out_in_parts_give_the_same_loss(monkeypatch):
+    networks, (x, y, count), calls = networks_for(), batch(), []
+    whole = gradients(networks, x, y, count)
+    monkeypatch.setattr(train_bptt, "READOUTS", 5)
+    networks["readout"].register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+    torch.testing.assert_close(gradients(networks, x, y, count), whole)
+    assert calls == [5, 5, 2]
+
+
 def test_losses_and_gradients_are_sums_over_micro_batches():
     networks, (x, y, count) = networks_for(), batch(8)
     parts = [gradients(networks, part_x, part_y, count) for part_x, part_y in zip(x.chunk(4), y.chunk(4))]

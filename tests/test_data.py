@@ -537,3 +537,10 @@ def test_a_damaged_data_set_is_refused_and_the_remedy_is_named(tmp_path, damage,
     with pytest.raises(DataError, match=message) as error:
         data.load("copy", tmp_path)
     assert f"python data.py --dataset=copy --data_dir={tmp_path}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_cross_entropy_of_bf16_logits_is_taken_in_float32():
+    logits, y = torch.randn(50, 7).bfloat16(), torch.randint(7, (50,))
+    found = data.cross_entropy(logits, y)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, data.cross_entropy(logits.double(), y).float(), rtol=1e-6, atol=0)

@@ -503,6 +503,13 @@ def test_memories_have_unit_root_mean_square_and_are_float32_under_autocast(kind
         torch.testing.assert_close(m.square().mean(-1), torch.ones(m.shape[:-1]), rtol=1e-3, atol=0)
 
 
+def test_the_state_of_a_gru_is_not_rounded_under_autocast():
+    updater, memory, x = Updater(config(updater="gru"), V), model.normalise(torch.randn(2, 3, 8)), tokens(2, 1)[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = updater(memory, x)
+    assert torch.equal(found, updater(memory, x))
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("kind", ["transformer", "mlp"])
 def test_updater_begins_as_the_identity(kind, layers):

@@ -130,12 +130,12 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
     (train_smt, "--conv_width=0", "--conv_width must be at least 1"), (train_smt, "--decode_every=0", "--decode_every"),
     (train_smt, "--positions=4 --decode_every=5 --unroll=1", "--decode_every"), (train_smt, "--unroll=0", "--unroll"),
     (train_smt, "--positions=4 --decode_every=1 --unroll=5", "--unroll is from 1 to --positions=4"),
-    (train_smt, "--encoder=window --trunk_iters=0 --lambda_trunk=1", "are for --encoder=causal"),
-    (train_smt, "--encoder=window --trunk_iters=50 --lambda_trunk=0", "are for --encoder=causal"),
+    (train_smt, "--encoder=window --trunk_iters=0 --lambda_trunk=1", "--encoder=window takes --lambda_trunk=0 --trunk_iters=0"),
+    (train_smt, "--encoder=window --trunk_iters=50 --lambda_trunk=0", "--encoder=window takes --lambda_trunk=0 --trunk_iters=0"),
     (train_smt, "--encoder=causal --trunk_iters=-10 --log_interval=10", "--trunk_iters=-10"),
     (train_bptt, "--updater=lstm", "--updater is one of"), (train_bptt, "--truncate=-1", "--truncate"),
     (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0 --unroll=1", "--label_stride"),
-    (train_dmt, "--label_stride=2 --unroll=3", "--label_stride=2 is at least 1 and at least --unroll=3"),
+    (train_dmt, "--label_stride=2 --unroll=3", "--label_stride=2 must be at least --unroll=3"),
     (train_dmt, "--unroll=0", "--unroll"), (train_dmt, "--updates=0", "--updates"), (train_dmt, "--grow=1.5", "--grow"),
     (train_dmt, "--persistent --grow=0.5", "--persistent streams have one horizon"),
     (train_transformer, "--d_model=20", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
@@ -274,6 +274,34 @@ def test_resuming_says_from_where_and_which_flags_are_others(tmp_path, data_dir,
     assert trained(train_smt, *arguments, "--resume").out.splitlines()[1] == "resumed at step 4"
     changed = trained(train_smt, *arguments, "--resume", "--lr=0.5", "--max_iters=6").out.splitlines()[1]
     assert changed == "resumed at step 4; --max_iters=6, was 4; --lr=0.5, was 0.01"
+
+
+def test_a_resumed_run_takes_the_weight_decay_it_is_given(tmp_path, data_dir, smt_run):
+    arguments = flags("smt", data_dir, smt_run, tmp_path)
+    trained(train_smt, *arguments)
+    trained(train_smt, *arguments, "--resume", "--weight_decay=0.5", "--max_iters=6")
+    groups = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+
+
+def test_a_run_is_not_resumed_beyond_its_end(tmp_path, data_dir, smt_run):
+    arguments = flags("smt", data_dir, smt_run, tmp_path)
+    trained(train_smt, *arguments)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    refused(call(train_smt, *arguments, "--resume", "--max_iters=3"), 2, "at step 4 already, beyond --max_iters=3")
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_several_processes_do_not_share_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(call(train_smt, "--device=cuda:1"), 2, "--device=cuda:1 is a single one")
+
+
+def test_too_little_memory_is_one_line():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+    refused(call(SimpleNamespace(main=main, __file__="train_smt.py")), 1, "CUDA out of memory", "--grad_accum")
 
 
 def test_a_run_whose_phases_would_have_ended_elsewhere_is_not_resumed(tmp_path, monkeypatch, data_dir, smt_run):
@@ -544,6 +572,16 @@ def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log
     assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
 
 
+def test_a_log_line_averages_the_steps_of_one_phase(tmp_path, data_dir, smt_run):
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 2).split(), "--max_iters=8", "--log_interval=4")
+    lines = [line for line in runtime.read_log(tmp_path / "metrics.jsonl") if "train_loss" in line]
+    assert [line["step"] for line in lines] == [1, 3, 4, 8]
+    assert ["loss_dec" in line for line in lines] == [False, True, True, True]
+    assert ["loss_dyn" in line for line in lines] == [False, False, True, True]
+    for line in lines[:2]:                              # before all weights are joined the loss is the plain sum
+        assert line["train_loss"] == pytest.approx(sum(line.get(f"loss_{name}", 0) for name in ("dec", "trunk")))
+
+
 def test_the_decoder_goes_on_from_the_trunk_and_the_readout_from_the_decoder(tmp_path, data_dir, smt_run):
     trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 1).split(), "--max_iters=3", "--lr=1e-9")
     weights = checkpoint(tmp_path)
@@ -553,13 +591,11 @@ def test_the_decoder_goes_on_from_the_trunk_and_the_readout_from_the_decoder(tmp
         torch.testing.assert_close(weights[f".model.decoder.{name}"], weights[f".model.readout.{name}"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("trunk_iters, teacher_iters, max_iters, log_interval, ends", [
-    (1000, 800, 2700, 50, [1000, 1800]), (1000, 800, 2000, 50, [700, 1300]), (1000, 0, 600, 50, [400, 400]), (0, 9, 100, 2, [0, 8]),
-    (1000, 1000, 100, 30, [30, 60]), (1000, 0, 50, 50, [0, 0]), (0, 0, 100, 10, [0, 0])])
-def test_the_first_phases_fit_into_short_runs_and_end_with_a_log_line(trunk_iters, teacher_iters, max_iters, log_interval, ends):
-    config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, teacher_iters=teacher_iters, max_iters=max_iters,
-                              log_interval=log_interval)
-    assert train_smt.phases(config) == ends
+@pytest.mark.parametrize("trunk_iters, teacher_iters, max_iters, ends", [
+    (1000, 800, 2700, [1000, 1800]), (1000, 800, 2000, [740, 1333]), (1000, 0, 600, [400, 400]), (0, 9, 100, [0, 9]), (0, 0, 100, [0, 0])])
+def test_the_first_phases_fit_into_short_runs_however_often_a_line_is_logged(trunk_iters, teacher_iters, max_iters, ends):
+    config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, teacher_iters=teacher_iters, max_iters=max_iters)
+    assert train_smt.phases(config) == train_smt.phases(replace(config, log_interval=999)) == ends
     assert train_smt.phases(replace(config, init_from="runs/fables-smt")) == [0, 0]         # has learned already
 
 
