@@ -55,7 +55,8 @@ import train_dmt
 import train_smt
 import train_transformer
 from data import IGNORE
-from model import ModelConfig, build, forward_flops, model_fields, roll_out
+from flops import bptt_flops, dmt_flops, forward_flops, smt_flops, transformer_flops
+from model import ModelConfig, build, model_fields, roll_out
 from runtime import DataError, UsageError
 
 STAGES = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
@@ -161,15 +162,18 @@ def stopwatch(device):
 
 def optimiser_step(row, stage, config, data, run, note):
     """A step of SMT, BPTT or the Transformer; of SMT also the time that it takes to draw the rows and positions."""
-    script, V, T, S = STAGES[stage], data.vocab_size, config.seq_len, getattr(config, "positions", 1)
+    V, T, S = data.vocab_size, config.seq_len, getattr(config, "positions", 1)
     if stage == "smt":
         networks, loss = build(config, V), functools.partial(train_smt.smt_loss, config=config)
+        flops, _ = smt_flops(config, networks, V, T)
     elif stage == "bptt":
-        networks = build(train_bptt.model_config(config), V, ("updater", "readout"))
-        loss = functools.partial(train_bptt.bptt_loss, truncate=config.truncate)
+        sizes, loss = train_bptt.model_config(config), functools.partial(train_bptt.bptt_loss, truncate=config.truncate)
+        networks = build(sizes, V, ("updater", "readout"))
+        flops, _ = bptt_flops(config, sizes, networks, V, T)
         networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     else:
         networks, loss = build(train_transformer.model_config(config), V, ("decoder",)), train_transformer.transformer_loss
+        flops, _ = transformer_flops(config, networks, V, T)
     networks.to(run.device)
     parts = dict(parts=("updater", "readout")) if stage == "bptt" else {}
     optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run, **parts)
@@ -184,7 +188,7 @@ def optimiser_step(row, stage, config, data, run, note):
         note(row)
 
     tokens = config.batch_size * T
-    work = {row: (tokens, script.step_flops(config, networks, V, T)[0])}
+    work = {row: (tokens, flops)}
     return work | ({"data loading": (tokens, 0)} if stage == "smt" else {}), measure
 
 
@@ -235,8 +239,8 @@ def dmt(config, smt_config, data, run, note, spent):
 
     begins, pairs = train_dmt.choose_pairs(config, 0, T, h)
     n, labelled, rows = len(begins), sum(runs.numel() for runs, _ in pairs), config.batch_size * len(begins)
-    forward = forward_flops(model_config, data.vocab_size, T, n * labelled + train_dmt.encoded_starts(begins))
-    flops, _ = train_dmt.step_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
+    forward = forward_flops(model_config, data.vocab_size, T, n * labelled + int((begins > 0).sum()))
+    flops, _ = dmt_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
     labels, step = config.batch_size * forward["encoder"], rows * forward["updater"]
     plain = {"DMT roll-out, plain": (rows * h, h * step)} if device.type == "cuda" else {}
     return {"DMT iteration": (rows * h, flops), "DMT roll-out": (rows * h, h * step), "DMT roll-out, one step": (rows, step), **plain,
@@ -290,7 +294,7 @@ def launch(n, config, spent):
             lines = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
         speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
         spent["SMT step"] = tokens / median(speeds[LAUNCH_WARM_UPS:]), 0.0
-    return {"SMT step": (tokens, train_smt.step_flops(config, build(config, V), V, config.seq_len)[0] // n)}, measure
+    return {"SMT step": (tokens, smt_flops(config, build(config, V), V, config.seq_len)[0] // n)}, measure
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,13 @@ Glossary: code, the paper's symbol, meaning
     initial_memory  m_empty       (K, d): the memory before anything was read; the encoder of PAD alone
     Encoder         E_phi         what to remember: the memory after reading x up to t
     Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
-    Updater         f_theta       the RNN's transition: m_{t+1} = f(m_t, x_{t+1})
+    Updater         f_theta       the RNN's transition: m_t = f(m_{t-1}, x_t)
     Readout         g_theta       the RNN's output: predicts y_t from m_t
     context_len     T_c           tokens of past that the encoder reads (causal: that each layer looks back on)
     future_len      T_f           targets that the decoder predicts
+    trunk                         of the causal encoder (ours): a causal Transformer over [PAD, x_0 ..]; x_t is at its place t + 1
+    registers                     the encoder's K learned tokens, which read the past of t and become m_t
+    run                           k = --unroll steps of f, the first from a memory that is given, the others from its own (ours)
     V, PAD                        tokens are 0..V-1; PAD = V, "there is no token here", is one more entry of each embedding
 
 Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
@@ -150,7 +153,7 @@ def attend_to_last(q, k, v, context_len):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. (B, n, d) -> (B, kept, d), n <= length unless positions are given: the outputs of the tokens that are asked for."""
+    """A stack of blocks: (B, n, d) -> (B, n, d), or only its tokens `kept` (a slice). n <= length unless positions are given."""
 
     def __init__(self, config, n_layers, length, gain=1.0):
         super().__init__()
@@ -159,7 +162,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, gain) for _ in range(n_layers))
 
     def forward(self, h, attend, kept=slice(None), positions=None, layers=slice(None)):
-        """positions (n,) of the tokens default to 0..n-1; layers: those to use. What only the outputs not kept need is not computed."""
+        """positions (n,): 0..n-1 unless given. layers: the blocks to run, a slice; the last of them computes `kept` alone, from all."""
         turns = self.turns[:h.shape[1]] if positions is None else rope(positions, self.head_dim)
         for i, block in enumerate(blocks := self.blocks[layers]):
             h = block(h, turns, attend, kept if i + 1 == len(blocks) else slice(None))
@@ -172,16 +175,17 @@ def normalise(memory):
 
 
 def squared_error(memory, goal, real, relative_to=None):
-    """Mean squared error of the memories that f predicts against their goals, (.., K, d) each, summed over the real transitions (..).
+    """Squared error of predicted memories against the encoder's, (.., K, d) each: its mean over a memory, summed over the real
+    transitions (..).
 
-    relative_to (.., K, d): the memories that f began with. The error of each memory token is then over the mean square of its way
-    from there to the goal in this batch (1: no better than to do nothing), so that tokens that seldom change count as much as those
-    that always do, and the few changes of such a token count for much.
+    relative_to (.., K, d): the memories f began with. The error of memory token k is then divided by the mean square of
+    goal - relative_to of token k in this batch: 1 is to have done nothing. A token that changes once in a hundred steps then counts
+    as much as one that always does.
     """
     error = (memory - goal).square().mean(-1) * real[..., None]                 # (.., K)
     if relative_to is not None:
-        way = (goal - relative_to).detach().square().mean(-1) * real[..., None]     # a way made longer is not an error made smaller
-        error = error / (way.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
+        moved = (goal - relative_to).detach().square().mean(-1) * real[..., None]   # a constant: to move more is not to err less
+        error = error / (moved.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
     return error.mean(-1).sum()
 
 
@@ -410,7 +414,7 @@ roll_out_window = captured(roll_out)
 
 
 def roll_out_without_gradients(updater, memory, x):
-    """roll_out for inference, several times faster on CUDA."""
+    """roll_out for inference; on CUDA a graph is replayed instead of thousands of launches."""
     memories = []
     for window in x.split(GRAPH_STEPS, dim=1):
         memories.append(roll_out_window(updater, memory, window))
@@ -460,38 +464,3 @@ def parameter_counts(networks):
     """One line: the parameters of each network and of all."""
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     return "parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()) + f", in all {sum(counts.values()):,}"
-
-
-def forward_flops(config, vocab_size, T, S):
-    """FLOPs of one forward pass, two per multiply-add: the encoder for S memories of one row of T tokens (trunk: its trunk alone, as
-    a language model), the decoder for one future (first: for its first target alone), the updater for one step, the readout for
-    one memory."""
-    d, K = config.d_model, config.memory_tokens
-
-    def stack(n_layers, tokens, keys, kept=None):
-        """Transformer: in the last layer the tokens that are not `kept` only make queries, keys and values."""
-        unused = 0 if kept is None else tokens - kept
-        return n_layers * tokens * (24 * d * d + 4 * keys * d) - unused * (18 * d * d + 4 * keys * d)
-
-    def mix(tokens):
-        return tokens * 2 * d * d * config.conv_width if config.conv_width > 1 else 0
-
-    window, most = config.context_len + K, min(config.context_len, T)
-    seen = most - most * most // (2 * T)                                        # places of the trunk, on average over a row
-    decoded, last = K + config.future_len - 1, 2 * d * vocab_size
-    return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window" else
-                        mix(T + 1) + stack(config.encoder_layers, T + 1, seen, 0) + stack(config.register_layers, S * K, seen + K)
-                        + S * 2 * d * d),
-            "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, seen) + T * last,
-            "decoder": (mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last
-                        + (2 * K * d * d if config.encoder == "causal" and config.future_len > 1 else 0)),
-            "first": stack(config.decoder_layers, K, K, 1) + last,
-            "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K) + 2 * K * d,
-                        "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d) + 2 * K * d,
-                        "gru": 6 * K * d * (K * d + d)}[config.updater],
-            "readout": stack(config.readout_layers, K, K, 1) + last}
-
-
-def chain_flops(network):
-    """FLOPs along the longest chain of dependent operations of a network: one token's way through all of its matrices."""
-    return 2 * sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and not name.endswith(("embed.weight", "registers")))

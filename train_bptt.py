@@ -16,7 +16,8 @@ import runtime
 import tasks
 from data import IGNORE, cross_entropy
 from evaluate import evaluate
-from model import ModelConfig, build, chain_flops, forward_flops, normalise, parameter_counts, roll_out
+from flops import bptt_flops
+from model import ModelConfig, build, normalise, parameter_counts, roll_out
 from runtime import RunConfig, UsageError
 
 
@@ -89,13 +90,6 @@ def bptt_loss(networks, x, y, count, truncate=0):
     return loss, dict(train_loss=loss)
 
 
-def step_flops(config, networks, vocab_size, T):
-    """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    forward = forward_flops(model_config(config), vocab_size, T, 1)
-    return (3 * config.batch_size * T * (forward["updater"] + forward["readout"]),
-            3 * (T * chain_flops(networks["updater"]) + chain_flops(networks["readout"])))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
@@ -113,7 +107,7 @@ def main():
     module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, parts=("updater", "readout"))
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
-    flops, sequential_flops = step_flops(config, networks, data.vocab_size, T)
+    flops, sequential_flops = bptt_flops(config, model_config(config), networks, data.vocab_size, T)
 
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):

@@ -11,7 +11,7 @@ frozen; each iteration
     2. asks the encoder for the memories m_t it should have had, at every `label_stride`-th step       (parallel)
     3. trains f on (m_hat_{t-1}, x_t) -> m_t, and g on m_hat_t -> y_t, all pairs at once               (parallel)
 
-g is read out at as many steps as have labels, drawn at random: at every step of a long roll-out it would cost more than the rest.
+g is read out at as many steps as have labels, drawn at random: at every step it would cost more than the rest where labels are few.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -24,7 +24,8 @@ import runtime
 import tasks
 from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
-from model import chain_flops, forward_flops, parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
+from flops import dmt_flops
+from model import parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
 from runtime import RunConfig, UsageError
 from train_smt import decoder_loss
 
@@ -107,8 +108,8 @@ def roll_out_and_label(networks, x, begins, h, runs, start=None):
     """
     encoder, n, labelled = networks["encoder"], len(begins), (begins[:, None].to(x.device) + runs.flatten()).flatten()
     if start is None:
-        starts = encoded_starts(begins)     # m_empty is the same in all rows: it is encoded once
-        memories = encoder(x, torch.cat([begins[n - starts:].to(x.device) - 1, labelled]))  # all in one call
+        starts = int((begins > 0).sum())    # m_empty is the same in all rows: it is encoded once
+        memories = encoder(x, torch.cat([begins[n - starts:].to(x.device) - 1, labelled]))  # one call reads the row once
         first, memories = memories.split([starts, len(labelled)], dim=1)
         start = torch.cat([encoder.initial_memory().expand(len(x), n - starts, -1, -1), first], dim=1).flatten(0, 1)
     else:
@@ -160,25 +161,6 @@ def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config,
     losses["read"] = cross_entropy(networks["readout"](after[:, reads].flatten(0, 1)), y[:, reads]) / readouts
     loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
-
-
-def encoded_starts(begins):
-    """How many of the roll-outs of a row start from a memory of the encoder, being not at its beginning."""
-    return len(begins) - int(begins[0] == 0)
-
-
-def step_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
-    """FLOPs of an iteration (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]     # as many are read out
-    starts = 0 if config.persistent else encoded_starts(begins)                     # streams go on from their own memories
-    forward = forward_flops(model_config, vocab_size, T, n * labelled + starts)
-    chain = {name: chain_flops(network) for name, network in networks.items()}
-    own, hold = bool(config.lambda_own), bool(config.lambda_hold)
-    return (config.batch_size * (forward["encoder"] + n * h * forward["updater"]
-                                 + 3 * n * labelled * (forward["updater"] + forward["readout"] + own * forward["first"])
-                                 + 3 * n * hold * labelled // unroll * forward["decoder"]),
-            h * chain["updater"] + chain["encoder"]
-            + 3 * len(pairs) * max(unroll * chain["updater"] + (own or hold) * chain["decoder"], chain["readout"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +241,7 @@ def main():
                     (loss * run.world_size).backward()  # DDP averages over processes; our losses are to be summed
                 run.count({name: value / len(pairs) for name, value in losses.items()})
             grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
-        flops, sequential_flops = step_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
+        flops, sequential_flops = dmt_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
         run.spend(tokens=config.batch_size * len(begins) * h, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 

@@ -18,7 +18,8 @@ import runtime
 import tasks
 from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
-from model import ModelConfig, build, chain_flops, forward_flops, model_fields, parameter_counts, roll_out, squared_error
+from flops import smt_flops
+from model import ModelConfig, build, model_fields, parameter_counts, roll_out, squared_error
 from runtime import RunConfig, UsageError
 
 UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together, so that rows on other processes need not be known
@@ -167,10 +168,10 @@ def smt_loss(networks, x, y, t, counts, config):
         L_read  = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
         L_trunk                                              see trunk_loss
 
-    With unroll > 1, f goes on from its own memory for so many steps, L_dyn and L_own are over all of them, L_hold over the last,
-    and S / unroll runs begin at some of t. Each term is these rows' share of the mean over the global batch of config.batch_size
-    rows, which has counts (6,) of each kind: summed over micro-batches and processes they are the losses. What is relative is so
-    to these rows. Returns the weighted sum and its terms.
+    f takes k = unroll steps from each of R = S / k memories of the encoder: L_dyn and L_own are over all of them, L_hold is after
+    the last. Each term is these rows' share of the mean over the global batch of config.batch_size rows, which has counts (6,) of
+    each kind: summed over micro-batches and processes they are the losses. L_unif includes the memories past a document's end,
+    and --relative takes its scale from these rows. Returns the weighted sum and its terms.
     """
     encoder, S, losses = networks["encoder"], len(t), {}
     decoded, transitions, predictions, held, readouts, targets = counts.clamp(min=1)
@@ -181,7 +182,7 @@ def smt_loss(networks, x, y, t, counts, config):
         trunk = encoder.trunk(x)
         losses["trunk"] = trunk_loss(networks, trunk, y, targets)
     if config.unroll == 1:
-        start, after = encoder(x, torch.cat([t - 1, t]), trunk)[:, :, None].split(S, dim=1)  # all in one call
+        start, after = encoder(x, torch.cat([t - 1, t]), trunk)[:, :, None].split(S, dim=1)  # one call reads the row once
         after, goal = after.squeeze(2), after
     else:
         along = torch.cat([runs[:, :1] - 1, runs], dim=1)                                   # (R, 1 + k)
@@ -210,30 +211,6 @@ def smt_loss(networks, x, y, t, counts, config):
 
     loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
-
-
-def step_flops(config, networks, vocab_size, T, phase=2):
-    """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones.
-
-    phase: 0 the trunk alone, 1 encoder and decoder alone, 2 all.
-    """
-    S, R, chain = config.positions, config.positions // config.unroll, {name: chain_flops(network) for name, network in networks.items()}
-    decoded, updated = -(-S // config.decode_every), R * config.unroll
-    memories = decoded if phase == 1 else 2 * S if config.unroll == 1 else S + R + updated
-    forward = forward_flops(config, vocab_size, T, memories)
-    if phase == 0:
-        encoder, head = networks["encoder"], networks["decoder"].head
-        trunk = torch.nn.ModuleList([encoder.embed, *encoder.transformer.blocks[:encoder.trunk_layers], head])
-        return 3 * config.batch_size * forward["trunk"], 3 * chain_flops(trunk)
-    head = T * 2 * config.d_model * vocab_size if config.lambda_trunk else 0
-    teacher = forward["encoder"] + decoded * forward["decoder"] + head
-    own = updated * forward["first"] if config.lambda_own else 0
-    held = R * forward["decoder"] if config.lambda_hold else 0
-    if phase == 1:
-        return 3 * config.batch_size * teacher, 3 * (chain["encoder"] + chain["decoder"])
-    return (3 * config.batch_size * (teacher + held + own + updated * forward["updater"] + S * forward["readout"]),
-            3 * (chain["encoder"] + max(chain["decoder"], chain["readout"],
-                                        config.unroll * chain["updater"] + bool(config.lambda_own or config.lambda_hold) * chain["decoder"])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +267,7 @@ def main():
             run.sum_gradients(networks)
         lr = runtime.learning_rate(step, config, decay_from=teacher_end)
         grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
-        flops, sequential_flops = step_flops(config, networks, data.vocab_size, T, (step >= trunk_end) + (step >= teacher_end))
+        flops, sequential_flops = smt_flops(config, networks, data.vocab_size, T, (step >= trunk_end) + (step >= teacher_end))
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr, phase_ends=(trunk_end, teacher_end))
 

@@ -17,7 +17,8 @@ import runtime
 import tasks
 from data import IGNORE, cross_entropy
 from evaluate import evaluate
-from model import ModelConfig, build, chain_flops, parameter_counts
+from flops import transformer_flops
+from model import ModelConfig, build, parameter_counts
 from runtime import RunConfig, UsageError
 
 
@@ -65,14 +66,6 @@ def transformer_loss(networks, x, y, count):
     return loss, dict(train_loss=loss)
 
 
-def step_flops(config, networks, vocab_size, T):
-    """FLOPs of an optimiser step (backward costs twice the forward), all of them and the longest chain of dependent ones."""
-    d, seen = config.d_model, min(config.context_len, T)
-    keys = seen - seen * seen // (2 * T)                                        # that a token attends to, on average
-    token = config.decoder_layers * (24 * d * d + 4 * keys * d) + 2 * d * vocab_size
-    return 3 * config.batch_size * T * token, 3 * chain_flops(networks["decoder"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
@@ -89,7 +82,7 @@ def main():
     module = runtime.distribute(networks, transformer_loss, run)
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
-    flops, sequential_flops = step_flops(config, networks, data.vocab_size, T)
+    flops, sequential_flops = transformer_flops(config, networks, data.vocab_size, T)
 
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):

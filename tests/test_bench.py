@@ -12,7 +12,7 @@ import runtime
 import train_dmt
 import train_smt
 from data import IGNORE, sample_batch
-from model import forward_flops
+from flops import forward_flops
 
 TINY = dict(d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, decoder_layers=1, updater_layers=1, readout_layers=1, context_len=8,
             future_len=3)
@@ -209,7 +209,7 @@ def test_rounds_interleave_what_is_measured_and_warm_ups_do_not_count():
 
 @pytest.mark.parametrize("stage", bench.STAGES)
 def test_flops_are_those_that_the_stages_count(monkeypatch, stage):
-    monkeypatch.setattr(bench.STAGES[stage], "step_flops", lambda *_: (12345678, 1))
+    monkeypatch.setattr(bench, f"{stage}_flops", lambda *_: (12345678, 1))
     work, _ = parts(bench.stage_configs("mini", 0))
     rows = {"smt": "SMT step", "dmt": "DMT iteration", "bptt": "BPTT step", "transformer": "Transformer step"}
     assert {row for row, (_, flops) in work.items() if flops == 12345678} == {rows[stage]}

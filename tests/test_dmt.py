@@ -11,7 +11,8 @@ import data
 import runtime
 import train_dmt
 from data import IGNORE
-from model import ModelConfig, build, forward_flops
+from flops import dmt_flops, forward_flops
+from model import ModelConfig, build
 from train_dmt import Config, choose_pairs, count_terms, cut, dmt_loss, horizon_at, roll_out_and_label
 
 V, PAD, TF = 5, 5, 3
@@ -421,7 +422,7 @@ def test_flops_count_no_start_for_streams_which_go_on_from_their_own_memories():
     networks, sizes = networks_for("causal"), ModelConfig(encoder="causal", d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1,
                                                           updater_layers=1, context_len=4, future_len=TF)
     pairs = [(SINGLE, READS)]
-    found = [train_dmt.step_flops(replace(SETTINGS, persistent=persistent), sizes, networks, V, 12, torch.tensor([5]), 7, pairs)[0]
+    found = [dmt_flops(replace(SETTINGS, persistent=persistent), sizes, networks, V, 12, torch.tensor([5]), 7, pairs)[0]
              for persistent in (False, True)]
     encoder = [forward_flops(sizes, V, 12, n)["encoder"] for n in (8, 7)]
     assert found[0] - found[1] == SETTINGS.batch_size * (encoder[0] - encoder[1]) > 0

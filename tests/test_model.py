@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 import sample
 from data import futures
-from model import (Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, chain_flops, forward_flops, parameter_counts, restore,
-                   roll_out, squared_error)
+from flops import chain_flops, forward_flops
+from model import Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, parameter_counts, restore, roll_out, squared_error
 from runtime import DataError, UsageError
 
 V, T = 5, 7

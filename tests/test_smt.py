@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import train_smt
 from data import IGNORE, Data, Split, futures
+from flops import smt_flops
 from model import build
 from train_smt import Config, count_terms, runs_of, smt_loss, teacher_loss, trunk_loss, uniformity
 
@@ -416,7 +417,7 @@ def test_loss_is_finite_where_nothing_is_asked(options):
 def test_flops_count_the_head_of_the_trunk_wherever_it_is_trained(phase):
     settings = config(**TRUNK)
     networks = build(settings, V)
-    with_head, without = (train_smt.step_flops(replace(settings, lambda_trunk=weight), networks, V, 6, phase)[0] for weight in (1.0, 0.0))
+    with_head, without = (smt_flops(replace(settings, lambda_trunk=weight), networks, V, 6, phase)[0] for weight in (1.0, 0.0))
     assert with_head - without == 3 * settings.batch_size * 6 * 2 * settings.d_model * V
 
 
@@ -436,7 +437,7 @@ def test_flops_are_those_that_torch_counts(options):
         if phase == 2:                                                            # all pairs of memory tokens, which we do not count
             tokens = settings.batch_size * settings.positions * settings.memory_tokens
             uniform = 2 * settings.d_model * min(tokens, train_smt.UNIFORMITY_TOKENS) ** 2
-        flops, chain = train_smt.step_flops(settings, networks, V, 8, phase)
+        flops, chain = smt_flops(settings, networks, V, 8, phase)
         assert flops == pytest.approx(3 * (counter.get_total_flops() - uniform), rel=0.06), phase
         assert chain > 0
 
@@ -446,7 +447,7 @@ def test_longest_chain_while_the_trunk_is_trained_alone_goes_through_the_trunk_a
     networks = build(settings := config(**TRUNK, conv_width=3, register_layers=register_layers), V)
     block, d = networks["encoder"].transformer.blocks[0], settings.d_model
     matrices = 3 * d * d + (2 - register_layers) * sum(p.numel() for p in block.parameters() if p.dim() == 2) + d * V
-    assert train_smt.step_flops(settings, networks, V, 6, phase=0)[1] == 3 * 2 * matrices
+    assert smt_flops(settings, networks, V, 6, phase=0)[1] == 3 * 2 * matrices
 
 
 @pytest.mark.parametrize("options", [WINDOW, TRUNK | EXTRA | dict(positions=8, unroll=2)], ids=["window", "causal-all-2-trunk"])

@@ -12,9 +12,10 @@ import train_bptt
 import train_transformer
 from data import IGNORE
 from evaluate import evaluate
+from flops import transformer_flops
 from model import ModelConfig, build, restore
 from runtime import load
-from train_transformer import Config, step_flops, transformer_loss
+from train_transformer import Config, transformer_loss
 
 V, PAD, T = 5, 5, 9
 WINDOWS = pytest.mark.parametrize("context_len", [1, 4, T, 50])     # shorter than a row, as long, longer
@@ -188,7 +189,7 @@ def test_flops_count_the_keys_that_are_in_the_window():
         config = Config(d_model=8, n_heads=2, decoder_layers=2, context_len=context_len, batch_size=3)
         networks = build(train_transformer.model_config(config), V, ("decoder",))
         matrices = sum(p.numel() for name, p in networks.named_parameters() if p.dim() == 2 and "embed" not in name)
-        flops, sequential = step_flops(config, networks, V, 8)
+        flops, sequential = transformer_flops(config, networks, V, 8)
         assert sequential == 3 * 2 * matrices
         assert flops == pytest.approx(3 * 3 * 8 * (2 * matrices + 2 * 2 * 2 * 8 * keys), rel=0.02)
 

@@ -1,0 +1,92 @@
+"""What a training step costs in arithmetic: the `flops` and `sequential_flops` of each log line.
+
+FLOPs count two per multiply-add, of matrix products and attention alone; backward costs twice the forward. Sequential FLOPs are
+those on the longest chain of dependent operations, which no number of processors makes shorter. The four functions at the end
+return both, for a batch of all processes.
+"""
+from torch import nn
+
+
+def forward_flops(config, vocab_size, T, S):
+    """FLOPs of one forward pass, two per multiply-add: the encoder for S memories of one row of T tokens (trunk: its trunk alone, as
+    a language model), the decoder for one future (first: for its first target alone), the updater for one step, the readout for
+    one memory."""
+    d, K = config.d_model, config.memory_tokens
+
+    def stack(n_layers, tokens, keys, kept=None):
+        """Transformer: in the last layer the tokens that are not `kept` only make queries, keys and values."""
+        unused = 0 if kept is None else tokens - kept
+        return n_layers * tokens * (24 * d * d + 4 * keys * d) - unused * (18 * d * d + 4 * keys * d)
+
+    def mix(tokens):
+        return tokens * 2 * d * d * config.conv_width if config.conv_width > 1 else 0
+
+    window, most = config.context_len + K, min(config.context_len, T)
+    seen = most - most * most // (2 * T)                                        # places of the trunk, on average over a row
+    decoded, last = K + config.future_len - 1, 2 * d * vocab_size
+    return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window" else
+                        mix(T + 1) + stack(config.encoder_layers, T + 1, seen, 0) + stack(config.register_layers, S * K, seen + K)
+                        + S * 2 * d * d),
+            "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, seen) + T * last,
+            "decoder": (mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last
+                        + (2 * K * d * d if config.encoder == "causal" and config.future_len > 1 else 0)),
+            "first": stack(config.decoder_layers, K, K, 1) + last,
+            "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K) + 2 * K * d,
+                        "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d) + 2 * K * d,
+                        "gru": 6 * K * d * (K * d + d)}[config.updater],
+            "readout": stack(config.readout_layers, K, K, 1) + last}
+
+
+def chain_flops(network):
+    """FLOPs along the longest chain of dependent operations of a network: one token's way through all of its matrices."""
+    return 2 * sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and not name.endswith(("embed.weight", "registers")))
+
+
+def smt_flops(config, networks, vocab_size, T, phase=2):
+    """Of a step of train_smt.py. phase: 0 the trunk alone, 1 encoder and decoder alone, 2 all."""
+    S, R, chain = config.positions, config.positions // config.unroll, {name: chain_flops(network) for name, network in networks.items()}
+    decoded, updated = -(-S // config.decode_every), R * config.unroll
+    memories = decoded if phase == 1 else 2 * S if config.unroll == 1 else S + R + updated
+    forward = forward_flops(config, vocab_size, T, memories)
+    if phase == 0:
+        encoder, head = networks["encoder"], networks["decoder"].head
+        trunk = nn.ModuleList([encoder.embed, *encoder.transformer.blocks[:encoder.trunk_layers], head])
+        return 3 * config.batch_size * forward["trunk"], 3 * chain_flops(trunk)
+    head = T * 2 * config.d_model * vocab_size if config.lambda_trunk else 0
+    teacher = forward["encoder"] + decoded * forward["decoder"] + head
+    own = updated * forward["first"] if config.lambda_own else 0
+    held = R * forward["decoder"] if config.lambda_hold else 0
+    if phase == 1:
+        return 3 * config.batch_size * teacher, 3 * (chain["encoder"] + chain["decoder"])
+    return (3 * config.batch_size * (teacher + held + own + updated * forward["updater"] + S * forward["readout"]),
+            3 * (chain["encoder"] + max(chain["decoder"], chain["readout"],
+                                        config.unroll * chain["updater"] + bool(config.lambda_own or config.lambda_hold) * chain["decoder"])))
+
+
+def dmt_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
+    """Of an iteration of train_dmt.py: n roll-outs of h tokens that begin at begins (n,), and the pairs of choose_pairs."""
+    n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]     # as many are read out
+    starts = 0 if config.persistent else int((begins > 0).sum())                    # streams go on from their own memories
+    forward = forward_flops(model_config, vocab_size, T, n * labelled + starts)
+    chain = {name: chain_flops(network) for name, network in networks.items()}
+    own, hold = bool(config.lambda_own), bool(config.lambda_hold)
+    return (config.batch_size * (forward["encoder"] + n * h * forward["updater"]
+                                 + 3 * n * labelled * (forward["updater"] + forward["readout"] + own * forward["first"])
+                                 + 3 * n * hold * labelled // unroll * forward["decoder"]),
+            h * chain["updater"] + chain["encoder"]
+            + 3 * len(pairs) * max(unroll * chain["updater"] + (own or hold) * chain["decoder"], chain["readout"]))
+
+
+def bptt_flops(config, model_config, networks, vocab_size, T):
+    """Of a step of train_bptt.py."""
+    forward = forward_flops(model_config, vocab_size, T, 1)
+    return (3 * config.batch_size * T * (forward["updater"] + forward["readout"]),
+            3 * (T * chain_flops(networks["updater"]) + chain_flops(networks["readout"])))
+
+
+def transformer_flops(config, networks, vocab_size, T):
+    """Of a step of train_transformer.py."""
+    d, seen = config.d_model, min(config.context_len, T)
+    keys = seen - seen * seen // (2 * T)                                        # that a token attends to, on average
+    token = config.decoder_layers * (24 * d * d + 4 * keys * d) + 2 * d * vocab_size
+    return 3 * config.batch_size * T * token, 3 * chain_flops(networks["decoder"])
