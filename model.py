@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import cross_entropy, futures
 from runtime import DataError, UsageError, captured
 
 
@@ -172,21 +173,6 @@ class Transformer(nn.Module):
 def normalise(memory):
     """Each memory token to unit root mean square, in float32, without a gain."""
     return F.rms_norm(at_least_float32(memory), memory.shape[-1:])
-
-
-def squared_error(memory, goal, real, relative_to=None):
-    """Squared error of predicted memories against the encoder's, (.., K, d) each: its mean over a memory, summed over the real
-    transitions (..).
-
-    relative_to (.., K, d): the memories f began with. The error of memory token k is then divided by the mean square of
-    goal - relative_to of token k in this batch: 1 is to have done nothing. A token that changes once in a hundred steps then counts
-    as much as one that always does.
-    """
-    error = (memory - goal).square().mean(-1) * real[..., None]                 # (.., K)
-    if relative_to is not None:
-        moved = (goal - relative_to).detach().square().mean(-1) * real[..., None]   # a constant: to move more is not to err less
-        error = error / (moved.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
-    return error.mean(-1).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,6 +381,34 @@ class Readout(nn.Module):
             block.load_state_dict(theirs.state_dict())
         self.norm.load_state_dict(decoder.norm.state_dict())
         self.head.load_state_dict(decoder.head.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What SMT and DMT ask of a memory
+
+def squared_error(memory, goal, real, relative_to=None):
+    """Squared error of predicted memories against the encoder's, (.., K, d) each: its mean over a memory, summed over the real
+    transitions (..).
+
+    relative_to (.., K, d): the memories f began with. The error of memory token k is then divided by the mean square of
+    goal - relative_to of token k in this batch: 1 is to have done nothing. A token that changes once in a hundred steps then counts
+    as much as one that always does.
+    """
+    error = (memory - goal).square().mean(-1) * real[..., None]                 # (.., K)
+    if relative_to is not None:
+        moved = (goal - relative_to).detach().square().mean(-1) * real[..., None]   # a constant: to move more is not to err less
+        error = error / (moved.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
+    return error.mean(-1).sum()
+
+
+def decoder_loss(networks, memories, x, y, t, count, future_len):
+    """L_dec = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at positions t (S,), from m_t (B, S, K, d).
+
+    These rows' share of the mean over the global batch, which has `count` such targets.
+    """
+    future_x, future_y = futures(x, y, t, future_len, networks["encoder"].pad)
+    logits = networks["decoder"](memories.flatten(0, 1), future_x.flatten(0, 1))            # (B S, Tf, V)
+    return cross_entropy(logits, future_y.flatten(0, 1)) / count.clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,8 @@ import tasks
 from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
 from flops import dmt_flops
-from model import parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
+from model import decoder_loss, parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
 from runtime import RunConfig, UsageError
-from train_smt import decoder_loss
 
 
 @dataclass(frozen=True)

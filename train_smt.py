@@ -19,7 +19,7 @@ import tasks
 from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
 from flops import smt_flops
-from model import ModelConfig, build, model_fields, parameter_counts, roll_out, squared_error
+from model import ModelConfig, build, decoder_loss, model_fields, parameter_counts, roll_out, squared_error
 from runtime import RunConfig, UsageError
 
 UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together, so that rows on other processes need not be known
@@ -119,16 +119,6 @@ def trunk_loss(networks, trunk, y, count):
     trunk (B, T+1, d) as of Encoder.trunk, y (B, T). These rows' share of the mean over the global batch, which has `count` targets.
     """
     return cross_entropy(networks["decoder"].predict(trunk[:, 1:]), y) / count.clamp(min=1)
-
-
-def decoder_loss(networks, memories, x, y, t, count, future_len):
-    """L_dec = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at positions t (S,), from m_t (B, S, K, d).
-
-    These rows' share of the mean over the global batch, which has `count` such targets.
-    """
-    future_x, future_y = futures(x, y, t, future_len, networks["encoder"].pad)
-    logits = networks["decoder"](memories.flatten(0, 1), future_x.flatten(0, 1))            # (B S, Tf, V)
-    return cross_entropy(logits, future_y.flatten(0, 1)) / count.clamp(min=1)
 
 
 def phases(config):
