@@ -43,7 +43,7 @@ def chain_flops(network):
 
 
 def smt_flops(config, networks, vocab_size, T, phase=2):
-    """Of a step of train_smt.py. phase: 0 the trunk alone, 1 encoder and decoder alone, 2 all."""
+    """FLOPs and sequential FLOPs of a step of train_smt.py. phase: 0 the trunk alone, 1 encoder and decoder alone, 2 all."""
     S, R, chain = config.positions, config.positions // config.unroll, {name: chain_flops(network) for name, network in networks.items()}
     decoded, updated = -(-S // config.decode_every), R * config.unroll
     memories = decoded if phase == 1 else 2 * S if config.unroll == 1 else S + R + updated
@@ -64,7 +64,8 @@ def smt_flops(config, networks, vocab_size, T, phase=2):
 
 
 def dmt_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
-    """Of an iteration of train_dmt.py: n roll-outs of h tokens that begin at begins (n,), and the pairs of choose_pairs."""
+    """FLOPs and sequential FLOPs of an iteration of train_dmt.py: roll-outs of h tokens from begins (n,) on, and the pairs of
+    choose_pairs."""
     n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]     # as many are read out
     starts = 0 if config.persistent else int((begins > 0).sum())                    # streams go on from their own memories
     forward = forward_flops(model_config, vocab_size, T, n * labelled + starts)
@@ -78,14 +79,14 @@ def dmt_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
 
 
 def bptt_flops(config, model_config, networks, vocab_size, T):
-    """Of a step of train_bptt.py."""
+    """FLOPs and sequential FLOPs of a step of train_bptt.py."""
     forward = forward_flops(model_config, vocab_size, T, 1)
     return (3 * config.batch_size * T * (forward["updater"] + forward["readout"]),
             3 * (T * chain_flops(networks["updater"]) + chain_flops(networks["readout"])))
 
 
 def transformer_flops(config, networks, vocab_size, T):
-    """Of a step of train_transformer.py."""
+    """FLOPs and sequential FLOPs of a step of train_transformer.py."""
     d, seen = config.d_model, min(config.context_len, T)
     keys = seen - seen * seen // (2 * T)                                        # that a token attends to, on average
     token = config.decoder_layers * (24 * d * d + 4 * keys * d) + 2 * d * vocab_size
