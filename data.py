@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import download
 import fables
 import tasks
-from runtime import DataError, UsageError, parse, run_main, write_atomically
+from runtime import DataError, UsageError, at_least_float32, parse, run_main, write_atomically
 
 IGNORE = -1          # in y: nothing is asked here
 NOTHING_ASKED = tasks.NOTHING   # the same in <split>_targets.bin
@@ -211,8 +211,7 @@ def stream_rows(data, step, batch_size, seq_len, length, rank=0, world_size=1):
 def cross_entropy(logits, y):
     """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V); of bf16 in float32, which autocast does
     not see to."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(at_least_float32(logits).flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def futures(x, y, t, future_len, pad):

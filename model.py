@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import cross_entropy, futures
-from runtime import DataError, UsageError, captured
+from runtime import DataError, UsageError, at_least_float32, captured
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,6 @@ class ModelConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The block they share
-
-def at_least_float32(x):
-    """bf16 to float32; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 def rope(positions, head_dim):
     """Rotary position embedding (Su et al. 2021): cos and sin of position frequency, (n, head_dim / 2, 2), for positions (n,).

@@ -498,6 +498,11 @@ def capture(function, module, tensors):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimisation
 
+def at_least_float32(x):
+    """bf16 to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class LossModule(torch.nn.Module):
     """The networks and their loss as one module whose forward returns the loss: what DDP wraps and torch.compile compiles."""
 

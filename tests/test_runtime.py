@@ -292,6 +292,27 @@ def test_a_run_is_not_resumed_beyond_its_end(tmp_path, data_dir, smt_run):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_of_a_version_with_fewer_flags_is_resumed_or_refused_in_one_line(tmp_path, data_dir, smt_run):
+    arguments = flags("smt", data_dir, smt_run, tmp_path)
+    trained(train_smt, *arguments)
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    del content["config"]["trunk_iters"], content["config"]["relative"]
+    torch.save(content, tmp_path / "ckpt.pt")
+    trained(train_smt, *arguments, "--resume", "--max_iters=5")
+    del content["model_config"]["register_layers"]
+    torch.save(content, tmp_path / "ckpt.pt")
+    refused(call(train_smt, *arguments, f"--init_from={tmp_path}"), 1, "another architecture: --register_layers=None, not 1")
+    del content["spent"]
+    torch.save(content, tmp_path / "ckpt.pt")
+    refused(call(train_smt, *arguments, "--resume"), 1, "is not a checkpoint of this project")
+
+
+def test_several_processes_agree_to_stop_soon_however_seldom_they_log(tmp_path):
+    run = runtime.Run(torch.device("cpu"), 0, 2, tmp_path, False, log_interval=1000, stop_asked=True)
+    run.sum = lambda tensor: tensor                     # as if the other process was not asked
+    assert [step for step in range(1, 31) if run.should_stop(step)] == [10, 20, 30]
+
+
 def test_several_processes_do_not_share_one_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
