@@ -169,6 +169,16 @@ def document_rows(split, meta, begin, length, cut):
     return split.rows(x, torch.where(inside[:, 1:], tokens[:, 1:], IGNORE))
 
 
+def row_length(data, seq_len, context_len):
+    """Tokens T of a training row: seq_len, or if that is 0 the longest document, of running text context_len.
+
+    UsageError for rows shorter than a synthetic document: what it asks comes last, and would be cut off.
+    """
+    if data.kind == "synthetic" and 0 < seq_len < data.longest_document:
+        raise UsageError(f"--seq_len={seq_len} would cut off what {data.meta['name']} asks: its documents have {data.longest_document} tokens")
+    return seq_len or (data.longest_document if data.rows_are_documents else context_len)
+
+
 def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, rank=0, world_size=1):
     """The training batch of a step, a pure function of (seed, step); each rank takes its slice of it.
 
@@ -226,9 +236,12 @@ def held_out(data, n_documents, length, seed):
     """Validation rows x, y (n_documents, length), the same for every caller with the same seed.
 
     Documents from their start, cut at their end, and rows no longer than the longest of them (not in the data set `text`, whose
-    paragraphs are too short to remember anything in); no document comes twice before each has come once.
+    paragraphs are too short to remember anything in); of synthetic tasks as long as it, since what they ask comes last. No document
+    comes twice before each has come once.
     """
     n, cut = len(data.val.starts), data.meta["name"] != "text"
+    if data.kind == "synthetic":
+        length = data.longest_document
     order = np.resize(philox(seed, 0, "held out").permutation(n), n_documents)
     return document_rows(data.val, data.meta, data.val.starts[order], min(length, data.longest_document) if cut else length, cut)
 

@@ -32,7 +32,7 @@ class Config:
     ckpt: str = ""              # checkpoints (files or folders of runs) to take instead, all of one data set, separated by commas
     data_dir: str = "data"      # folder of the prepared data sets
     eval_docs: int = 256        # held-out documents, at most
-    eval_len: int = 512         # tokens read of each of them at most
+    eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
     ngrams: int = 0             # also n-gram models of the training text, up to this order (text only)
     num_samples: int = 100      # fables: stories to generate, to count in how many the hero keeps its name
     temperature: float = 1.0    # of these stories

@@ -43,6 +43,7 @@ LEARNING_RATES = (1e-3, 3e-3)                       # of BPTT; the better one at
 FABLES = dict(smt="--max_iters=1500 --trunk_iters=550 --teacher_iters=450", dmt="--max_iters=150", bptt="")     # where runs are many
 
 UPDATERS = {"copy 6": TASKS["copy 6"], "retrieval 32": dict(smt="", dmt="", bptt=""), "fables": FABLES}
+PAPER_LOSS = "--teacher_iters=0 --detach=false --relative=false --lambda_dyn=0.1 --lambda_unif=0.001 --lambda_own=0 --lambda_hold=0 --unroll=1"
 
 ABLATION = {                                        # one factor at a time: a line of flags, of SMT or, after SMT as it is, of DMT
     "copy 6": dict(TASKS["copy 6"], change_smt=[
@@ -158,11 +159,14 @@ def dagger_runs(seeds, source):
 
 
 def updaters_runs(seeds, source):
-    """Each kind of updater by SMT, DMT and BPTT."""
+    """Each kind of updater by SMT, DMT and BPTT; two of them also by SMT with the paper's objective, in which f shapes the encoder."""
     kinds = {"mlp": "--updater=mlp", "transformer": "--updater=transformer --updater_layers=2", "gru": "--updater=gru"}
-    return [run for data, flags in UPDATERS.items() for kind, change in kinds.items()
+    runs = [run for data, flags in UPDATERS.items() for kind, change in kinds.items()
             for run in compare(data, seeds, f"{flags['smt']} {change}", flags["dmt"], f"{flags['bptt']} {change}",
                                rates=LEARNING_RATES, case=f"{data}, {kind}")]
+    return runs + [run for data, flags in UPDATERS.items() for kind in ("mlp", "gru")
+                   for run in compare(data, seeds, f"{flags['smt']} {kinds[kind]} {PAPER_LOSS}", flags["dmt"],
+                                      case=f"{data}, {kind}, the paper's loss")]
 
 
 def ablation_runs(seeds, source):
@@ -316,7 +320,7 @@ EXPERIMENTS = {
                            results.curves(["seconds", "tokens"], ["val_rnn_loss"])),
     "length": Experiment("Does it hold on documents longer than those of training?", 25, 2, length_runs, ACCURACY,
                          results.against("val_rnn_accuracy", "val_rnn_loss"), look_at_length),
-    "text": Experiment("What is text worth to each method, for the same time and for the same tokens?", 40, 1, text_runs,
+    "text": Experiment("What is text worth to each method, for the same time and for the same tokens?", 35, 1, text_runs,
                        ("val_rnn_loss", "val_gap_to_floor", *COST), results.curves(COST, ["val_rnn_loss"])),
     "pixels": Experiment("Does it hold over 784 steps?", 20, 1, pixels_runs, ("val_rnn_loss", "val_drift", *COST),
                          results.curves(COST, ["val_rnn_loss"]), look_at_pictures),

@@ -86,7 +86,7 @@ class RunConfig:
     grad_clip: float = 1.0      # greatest norm of the gradient; 0: no clipping
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
-    eval_len: int = 512         # tokens read of each of them at most
+    eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
     log_interval: int = 10      # steps between log lines
 
     def __post_init__(self):

@@ -176,7 +176,9 @@ def main():
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be a checkpoint of train_smt.py or train_dmt.py")
-    T = config.seq_len or (data.longest_document if data.rows_are_documents else model_config.context_len)
+    if not config.resume and source["config"].get("preset") != config.preset:
+        run.print(f"note: the encoder was trained with --preset={source['config'].get('preset')}, this run has {config.preset}")
+    T = datasets.row_length(data, config.seq_len, model_config.context_len)
     H, Tf = min(config.horizon or T, T), model_config.future_len
     if config.persistent:
         datasets.stream_rows(data, 0, config.batch_size, T, H)      # refuses what cannot go on, before anything is written

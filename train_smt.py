@@ -210,7 +210,7 @@ def main():
     run = runtime.start(config, "smt")
     run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
-    T = config.seq_len or (data.longest_document if data.rows_are_documents else config.context_len)
+    T = datasets.row_length(data, config.seq_len, config.context_len)
     if config.unroll > T:
         raise UsageError(f"--unroll={config.unroll} is longer than a row, {T} tokens")
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)

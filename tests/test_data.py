@@ -157,6 +157,13 @@ def test_rows_begin_at_starts_when_they_should(some):
         assert set(rows) == anywhere
 
 
+def test_a_training_row_is_as_long_as_said_or_as_the_longest_document():
+    assert [data.row_length(some, 0, 5) for some in (TEXT, PARAGRAPHS, TASK, PICTURES)] == [5, 5, 4, 6]
+    assert [data.row_length(some, 4, 5) for some in (TEXT, PARAGRAPHS, TASK, PICTURES)] == [4] * 4 and data.row_length(TASK, 9, 5) == 9
+    with pytest.raises(UsageError, match="--seq_len=3 would cut off what made asks: its documents have 4 tokens"):
+        data.row_length(TASK, 3, 5)
+
+
 def test_positions_are_distinct_in_random_order_and_cover_the_row():
     for positions in (3, 8):
         drawn = [batch(TEXT, step, positions=positions)[2] for step in range(80)]
@@ -172,8 +179,9 @@ def test_held_out_documents_are_fixed_distinct_and_from_their_start(some):
     n, cut = len(some.val.starts), some.meta["name"] != "text"
     x, y = data.held_out(some, n, 8, seed=0)
     assert same((x, y), data.held_out(some, n, 8, seed=0))
-    for length in (8, 1000):                                                      # longer rows would hold nothing but PAD
-        assert data.held_out(some, n, length, seed=0)[0].shape == (n, min(length, some.longest_document) if cut else length)
+    for length in (2, 8, 1000):                                                   # longer rows would hold nothing but PAD
+        whole = length if not cut else some.longest_document if some.kind == "synthetic" else min(length, some.longest_document)
+        assert data.held_out(some, n, length, seed=0)[0].shape == (n, whole)
     expected = [reference_row(some, s, x.shape[1], cut) for s in some.val.starts.tolist()]
     assert sorted(zip(x.tolist(), y.tolist())) == sorted((a, b) for a, b in expected)
     more, _ = data.held_out(some, 2 * n + 1, 8, seed=0)

@@ -349,6 +349,13 @@ def test_a_growing_horizon_cuts_the_rows_into_pieces(tmp_path, monkeypatch, data
     assert shapes == [([0, 2, 4, 6], 2, (64, 2)), ([0, 2, 4, 6], 2, (64, 2)), ([0, 4], 4, (32, 4)), ([0], 8, (16, 8))]
 
 
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+def test_another_preset_than_the_encoders_is_noted(tmp_path, data_dir, smt_run, preset):
+    result = trained(train_dmt, *QUICK, *ROLL_OUTS, "--dataset=retrieval", f"--data_dir={data_dir}", f"--init_from={smt_run('retrieval')}",
+                     f"--out_dir={tmp_path}", f"--preset={preset}")
+    assert ("note: the encoder was trained with --preset=tiny, this run has small" in result.out) == (preset == "small")
+
+
 @pytest.mark.parametrize("preset, T", [("tiny", 219), ("small", 784), ("paper", 784), ("small", 1024)])
 def test_no_run_has_more_shapes_than_are_compiled(preset, T):
     config, shapes = Config(**train_dmt.PRESETS[preset]), set()
