@@ -79,7 +79,7 @@ PIXELS = "--context_len=784 --batch_size=8"
 MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --teacher_iters=200 --positions=16 --decode_every=4 --unroll=1",
              dmt="--max_iters=150 --batch_size=8 --horizon=112 --label_stride=16 --unroll=4", bptt="--batch_size=8", transformer=PIXELS)
 
-SCALING = {"memory_tokens": (8, 2, 4, 16), "context_len": (220, 32, 64, 128), "d_model": (64, 32, 128)}    # the first: the preset's
+SCALING = {"memory_tokens": (8, 1, 2, 4), "context_len": (220, 32, 64, 128), "d_model": (64, 16, 32, 48)}     # the first: the preset's
 
 
 def slug(text):
@@ -282,10 +282,10 @@ def look_at_pictures(run, checkpoint, place, name):
 
 
 def look_at_sizes(run, checkpoint, place, name):
-    """A record for each size of SCALING that the run stands for: all the others are those of the base."""
+    """After DMT, a record for each size of SCALING that the run stands for: all the others are those of the base."""
     sizes = {size: checkpoint["model_config"][size] for size in SCALING}
     return [dict(case=f"{size} {value}", panel=size, value=value) for size, value in sizes.items()
-            if all(sizes[other] == SCALING[other][0] for other in SCALING if other != size)]
+            if run.stage == "dmt" and all(sizes[other] == SCALING[other][0] for other in SCALING if other != size)]
 
 
 @dataclass(frozen=True)
@@ -325,5 +325,6 @@ EXPERIMENTS = {
     "pixels": Experiment("Does it hold over 784 steps?", 20, 1, pixels_runs, ("val_rnn_loss", "val_drift", *COST),
                          results.curves(COST, ["val_rnn_loss"]), look_at_pictures),
     "scaling": Experiment("How does the loss fall with the memory, the context and the width?", 40, 1, scaling_runs,
-                          ("val_rnn_loss", "val_gap_to_floor", "seconds"), results.against("val_gap_to_floor", fit=True), look_at_sizes),
+                          ("val_rnn_loss", "val_gap_to_floor", "val_teacher_loss", "seconds"),
+                          results.against("val_gap_to_floor", "val_teacher_loss", fit=True), look_at_sizes),
 }

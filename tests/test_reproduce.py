@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -351,7 +352,8 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     assert all(0 <= r["val_rnn_accuracy"] <= 1 for r in longer)             # the encoder's, too
     assert all(r["val_rnn_loss"] > 0 for r in longer) and longer[0]["val_rnn_loss"] != longer[2]["val_rnn_loss"]
     monkeypatch.setattr(experiments, "SCALING", {"memory_tokens": (2, 1), "d_model": (16, 8)})
-    assert [r["case"] for r in experiments.look_at_sizes(run, checkpoint, data_dir, "x")] == ["d_model 8"]
+    sized = [[r["case"] for r in experiments.look_at_sizes(replace(run, stage=stage), checkpoint, data_dir, "x")] for stage in ("smt", "dmt")]
+    assert sized == [[], ["d_model 8"]]
     (place / "results").mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
         painted, = experiments.look_at_pictures(Run("mnist", "SMT+DMT", 1, "mnist", "dmt"), runtime.load(smt_run("mnist")), data_dir, "x")
