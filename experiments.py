@@ -305,12 +305,12 @@ COST = ("seconds", "tokens", "sequential_flops")
 EXPERIMENTS = {
     "tasks": Experiment("Does SMT then DMT learn what BPTT learns, in the same time, and from as many sequences?", 70, 2, tasks_runs,
                         (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
-    "harder": Experiment("Which method still learns the tasks when they are harder?", 70, 1, functools.partial(tasks_runs, which=HARDER),
+    "harder": Experiment("Which method still learns the tasks when they are harder?", 110, 1, functools.partial(tasks_runs, which=HARDER),
                          (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
     "dagger": Experiment("Is it DMT that makes the RNN stand alone, or would more of SMT do?", 10, 2, dagger_runs,
                          (*ACCURACY, "val_teacher_loss", "val_drift", "seconds"),
                          results.curves(["seconds"], ["val_rnn_accuracy", "val_drift"])),
-    "updaters": Experiment("Does it depend on the kind of RNN?", 70, 1, updaters_runs,
+    "updaters": Experiment("Does it depend on the kind of RNN?", 85, 1, updaters_runs,
                            (*ACCURACY, "uniformity", "effective_rank", "parameters", "seconds"),
                            results.dots("val_rnn_loss", "effective_rank", apart=True), look_at_memories),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs,
@@ -324,7 +324,7 @@ EXPERIMENTS = {
                        ("val_rnn_loss", "val_gap_to_floor", *COST), results.curves(COST, ["val_rnn_loss"])),
     "pixels": Experiment("Does it hold over 784 steps?", 20, 1, pixels_runs, ("val_rnn_loss", "val_drift", *COST),
                          results.curves(COST, ["val_rnn_loss"]), look_at_pictures),
-    "scaling": Experiment("How does the loss fall with the memory, the context and the width?", 40, 1, scaling_runs,
+    "scaling": Experiment("How does the loss fall with the memory, the context and the width?", 30, 1, scaling_runs,
                           ("val_rnn_loss", "val_gap_to_floor", "val_teacher_loss", "seconds"),
                           results.against("val_gap_to_floor", "val_teacher_loss", fit=True), look_at_sizes),
 }
