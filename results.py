@@ -207,14 +207,14 @@ def against(*metrics, fit=False):
             x, y = sorted(points), [float(np.mean(points[value])) for value in sorted(points)]
             ax.set(xlabel=name, ylabel=TITLES[metric][0], xscale="log", yscale="log" if fit else "linear")
             ax.grid(alpha=0.3)
-            if not points:
+            if len(points) < 1 + fit:               # nothing to draw, or to fit, until further runs are finished
                 continue
             ax.plot(x, shown(metric, y), "o" if fit else "o-", color=colour[method], label=method)
             ax.vlines(x, *zip(*(shown(metric, (min(points[value]), max(points[value]))) for value in x)), color=colour[method])
             ax.set_xticks(values := sorted({r["value"] for r in runs if r["panel"] == name}), map(str, values), minor=False)
             ax.xaxis.minorticks_off()
             scale(ax, "y", metric)
-            if fit and len(x) > 1 and min(y) > 0:
+            if fit and min(y) > 0:
                 a, b = power_law(x, y)
                 ax.plot(x, [a * value ** b for value in x], "--", color=colour[method])
                 lines.append(f"{method}: {TITLES[metric][0].lower()} = {a:.3g} x {name}^{b:.3f} ({len(x)} points)")

@@ -306,6 +306,16 @@ def test_power_law_is_recovered_and_said_below_the_tables(tmp_path):
     assert noted == ["SMT: loss above the floor, nats per target = 3 x k^-0.500 (4 points)"]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_what_has_one_size_yet_is_not_drawn_as_a_power_law(tmp_path):
+    first = [record(f"{panel} {v}", "SMT+DMT", 1, 0.1939, value=v, val_gap_to_floor=0.0868, val_teacher_loss=0.1581) | {"panel": panel}
+             for panel, v in (("memory_tokens", 8), ("context_len", 220), ("d_model", 64))]
+    second = record("memory_tokens 1", "SMT+DMT", 1, 0.2504, value=1, val_gap_to_floor=0.1433, val_teacher_loss=0.1689) | {"panel": "memory_tokens"}
+    draw = results.against("val_gap_to_floor", "val_teacher_loss", fit=True)
+    assert draw(first, tmp_path / "1.png") == []
+    assert [line.count("memory_tokens") for line in draw([*first, second], tmp_path / "2.png")] == [1, 1]
+
+
 @pytest.mark.parametrize("figure", [results.dots("val_rnn_loss", "val_drift"), results.against("val_rnn_loss"),
                                     results.curves(["seconds", "tokens"], ["val_rnn_loss", "val_drift"])])
 def test_every_figure_is_a_small_png_with_all_some_or_none_of_the_runs(figure, tmp_path):
