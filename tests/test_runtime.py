@@ -555,8 +555,12 @@ def test_a_loss_that_became_nan_ends_the_run_in_one_line_and_the_last_checkpoint
     trained(TRAIN[stage], *arguments, "--max_iters=4", "--resume")
 
 
-def test_an_evaluation_that_cuts_off_all_questions_is_survived(tmp_path, data_dir, smt_run):
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--eval_len=4")
+def test_an_evaluation_never_cuts_off_what_a_task_asks(tmp_path, data_dir, smt_run):
+    found = []
+    for length in (4, 16):                              # documents have 8 tokens
+        trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), f"--eval_len={length}")
+        found.append(runtime.read_log(tmp_path / "metrics.jsonl")[-1]["val_rnn_loss"])
+    assert found[0] == found[1] > 0
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64 + 5])
