@@ -214,6 +214,9 @@ def against(*metrics, fit=False):
             ax.set_xticks(values := sorted({r["value"] for r in runs if r["panel"] == name}), map(str, values), minor=False)
             ax.xaxis.minorticks_off()
             scale(ax, "y", metric)
+            if fit:
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter("{x:g}")
             if fit and min(y) > 0:
                 a, b = power_law(x, y)
                 ax.plot(x, [a * value ** b for value in x], "--", color=colour[method])
