@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import runtime  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)    # which a shell's background job ignores; some tests send it
+
 SIZES = ["--encoder=window", "--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--encoder_layers=1",
          "--register_layers=1", "--decoder_layers=1", "--updater_layers=1", "--readout_layers=1", "--conv_width=1", "--context_len=8",
          "--future_len=3"]
