@@ -175,8 +175,8 @@ def optimiser_step(row, stage, config, data, run, note):
         networks, loss = build(train_transformer.model_config(config), V, ("decoder",)), train_transformer.transformer_loss
         flops, _ = transformer_flops(config, networks, V, T)
     networks.to(run.device)
-    parts = dict(parts=("updater", "readout")) if stage == "bptt" else {}
-    optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run, **parts)
+    parts = ("updater", *["readout"] * (run.device.type == "cuda")) if stage == "bptt" else ()
+    optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run, parts)
 
     def measure(step):
         note()

@@ -9,8 +9,8 @@ from torch import nn
 
 def forward_flops(config, vocab_size, T, S):
     """FLOPs of one forward pass, two per multiply-add: the encoder for S memories of one row of T tokens (trunk: its trunk alone, as
-    a language model), the decoder for one future (first: for its first target alone), the updater for one step, the readout for
-    one memory."""
+    a language model), the decoder for one future, as long as those of all places of the row are on average (first: for its first
+    target alone), the updater for one step, the readout for one memory."""
     d, K = config.d_model, config.memory_tokens
 
     def stack(n_layers, tokens, keys, kept=None):
@@ -23,12 +23,14 @@ def forward_flops(config, vocab_size, T, S):
 
     window, most = config.context_len + K, min(config.context_len, T)
     seen = most - most * most // (2 * T)                                        # places of the trunk, on average over a row
-    decoded, last = K + config.future_len - 1, 2 * d * vocab_size
+    longest = min(config.future_len, T)
+    future = longest - longest * (longest - 1) // (2 * T)                       # targets up to the row's end, on average
+    decoded, last = K + future - 1, 2 * d * vocab_size
     return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window" else
                         mix(T + 1) + stack(config.encoder_layers, T + 1, seen, 0) + stack(config.register_layers, S * K, seen + K)
                         + S * 2 * d * d),
             "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, seen) + T * last,
-            "decoder": (mix(config.future_len - 1) + stack(config.decoder_layers, decoded, decoded // 2) + config.future_len * last
+            "decoder": (mix(future - 1) + stack(config.decoder_layers, decoded, decoded // 2) + future * last
                         + (2 * K * d * d if config.encoder == "causal" and config.future_len > 1 else 0)),
             "first": stack(config.decoder_layers, K, K, 1) + last,
             "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K) + 2 * K * d,

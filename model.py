@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import cross_entropy, futures
+from data import IGNORE, cross_entropy, futures
 from runtime import DataError, UsageError, at_least_float32, captured
 
 
@@ -41,6 +41,7 @@ class ModelConfig:
     register_layers: int = 1        # causal encoder: the last layers, in which the registers take part
     decoder_layers: int = 1         # layers of the decoder
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
+    identity: bool = True           # the updater begins as the identity (transformer and mlp); false: with torch's own weights
     readout_layers: int = 1         # layers of the readout
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
     context_len: int = 256          # tokens of past that the window encoder reads (Tc); causal: that each of its layers looks back on
@@ -331,18 +332,19 @@ class Updater(nn.Module):
         d, size = config.d_model, config.d_model * config.memory_tokens
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
-            self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)   # begins as the identity
+            self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0 if config.identity else 1.0)
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 2 * size), nn.GELU(),
                                                       nn.Linear(2 * size, size)) for _ in range(config.updater_layers))
-            for layer in self.layers:
-                nn.init.zeros_(layer[-1].weight)        # begins as the identity
+            for layer in self.layers if config.identity else ():
+                nn.init.zeros_(layer[-1].weight)
                 nn.init.zeros_(layer[-1].bias)
         else:
             self.cell = nn.GRUCell(d, size)
         if self.kind != "gru":
             self.gate = nn.Linear(d, 1)
-            nn.init.constant_(self.gate.bias, -1.0)     # mostly closed: what is held for long must hardly change in a step
+            if config.identity:
+                nn.init.constant_(self.gate.bias, -1.0)     # mostly closed: what is held for long must hardly change in a step
 
     def forward(self, memory, x):
         token = self.embed(x)
@@ -396,14 +398,44 @@ def squared_error(memory, goal, real, relative_to=None):
     return error.mean(-1).sum()
 
 
+PARTS = 3              # of a batch of futures, by their length
+READOUTS = 32768       # memories in a call of the readout: CUDA's attention kernels refuse a batch of 65536
+
+
+def parts_of(y):
+    """Targets y (n, m) in parts, [(rows, length)]: together the rows in which anything is asked, each as far as the last target asked
+    of the part. At least one row, two targets long, so that each parameter has its gradient.
+
+    On CUDA all in one: there a new shape costs more than is saved.
+    """
+    n, m = y.shape
+    if y.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(slice(None), m)]
+    length = ((y != IGNORE) * torch.arange(1, m + 1)).amax(1)
+    order = length.argsort()[min(int((length == 0).sum()), n - 1):]
+    return [(rows, min(m, max(2, int(length[rows[-1]])))) for rows in order.chunk(PARTS if m > 1 else 1)]
+
+
 def decoder_loss(networks, memories, x, y, t, count, future_len):
     """L_dec = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at positions t (S,), from m_t (B, S, K, d).
 
     These rows' share of the mean over the global batch, which has `count` such targets.
     """
-    future_x, future_y = futures(x, y, t, future_len, networks["encoder"].pad)
-    logits = networks["decoder"](memories.flatten(0, 1), future_x.flatten(0, 1))            # (B S, Tf, V)
-    return cross_entropy(logits, future_y.flatten(0, 1)) / count.clamp(min=1)
+    future_x, future_y = (some.flatten(0, 1) for some in futures(x, y, t, future_len, networks["encoder"].pad))
+    memories, losses = memories.flatten(0, 1), []
+    for rows, n in parts_of(future_y):
+        logits = networks["decoder"](memories[rows], future_x[rows, :n - 1])                # (rows, n, V)
+        losses.append(cross_entropy(logits, future_y[rows, :n]))
+    return sum(losses) / count.clamp(min=1)
+
+
+def readout_loss(networks, memories, y, count):
+    """L_read = CE(g(m_t), y_t) from m_t (B, S, K, d) at the targets y (B, S): their share of the mean over `count`, as above."""
+    memories, y, losses = memories.flatten(0, 1), y.reshape(-1, 1), []
+    for rows, _ in parts_of(y):
+        for some, targets in zip(memories[rows].split(READOUTS), y[rows].split(READOUTS)):
+            losses.append(cross_entropy(networks["readout"](some), targets))
+    return sum(losses) / count.clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from torch import nn
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE, cross_entropy
+from data import IGNORE
 from evaluate import evaluate
 from flops import bptt_flops
-from model import ModelConfig, build, normalise, parameter_counts, roll_out
+from model import ModelConfig, build, normalise, parameter_counts, readout_loss, roll_out
 from runtime import RunConfig, UsageError
 
 
@@ -29,6 +29,7 @@ class Config(RunConfig):
     n_heads: int = 4                # attention heads
     memory_tokens: int = 4          # memory tokens K
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
+    identity: bool = True           # the updater begins as the identity (transformer and mlp); false: with torch's own weights
     readout_layers: int = 1         # layers of the readout
     context_len: int = 256          # tokens of a row of text, unless --seq_len says
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
@@ -44,7 +45,7 @@ class Config(RunConfig):
 
 def model_config(config):
     """The ModelConfig of the stage's config; what it says of an encoder and a decoder, which are not there, does not matter."""
-    sizes = "updater d_model n_heads memory_tokens updater_layers readout_layers context_len".split()
+    sizes = "updater d_model n_heads memory_tokens updater_layers identity readout_layers context_len".split()
     return ModelConfig(**{name: getattr(config, name) for name in sizes})
 
 
@@ -60,9 +61,6 @@ PRESETS = {
 SYNTHETIC = dict(memory_tokens=4, batch_size=64, max_iters=1000, lr=1e-3)
 TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(memory_tokens=8)}
 PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
-
-
-READOUTS = 32768       # memories in a call of the readout: CUDA's attention kernels refuse a batch of 65536
 
 
 def unroll(updater, memory, x, truncate=0):
@@ -84,9 +82,7 @@ def bptt_loss(networks, x, y, count, truncate=0):
     """
     start = normalise(networks.initial_memory).expand(len(x), -1, -1)
     memories = unroll(networks["updater"], start, x, truncate)
-    parts = memories.flatten(0, 1).split(READOUTS)              # all steps at once: only the updater is sequential
-    logits = torch.cat([networks["readout"](part) for part in parts])
-    loss = cross_entropy(logits, y) / count.clamp(min=1)
+    loss = readout_loss(networks, memories, y, count)           # of all steps at once: only the updater is sequential
     return loss, dict(train_loss=loss)
 
 
@@ -104,7 +100,8 @@ def main():
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
     optimizer = runtime.adamw(networks, config)
-    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, parts=("updater", "readout"))
+    compiled = ("updater", "readout") if run.device.type == "cuda" else ("updater",)    # on a CPU the readout's shape is each step's own
+    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, parts=compiled)
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
     flops, sequential_flops = bptt_flops(config, model_config(config), networks, data.vocab_size, T)

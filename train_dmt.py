@@ -22,10 +22,10 @@ import torch.nn.functional as F
 import data as datasets
 import runtime
 import tasks
-from data import IGNORE, cross_entropy, futures
+from data import IGNORE, futures
 from evaluate import evaluate
 from flops import dmt_flops
-from model import decoder_loss, parameter_counts, restore, roll_out, roll_out_without_gradients, squared_error
+from model import decoder_loss, parameter_counts, readout_loss, restore, roll_out, roll_out_without_gradients, squared_error
 from runtime import RunConfig, UsageError
 
 
@@ -157,7 +157,7 @@ def dmt_loss(networks, before, after, labels, x, y, runs, reads, counts, config,
         losses["own"] = decoder_loss(networks, predicted.flatten(1, 2), x, y, runs.flatten(), predictions, future_len=1)
     if config.lambda_hold:
         losses["hold"] = decoder_loss(networks, predicted[:, :, -1], x, y, runs[:, -1], held, future_len)
-    losses["read"] = cross_entropy(networks["readout"](after[:, reads].flatten(0, 1)), y[:, reads]) / readouts
+    losses["read"] = readout_loss(networks, after[:, reads], y[:, reads], readouts)
     loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
 

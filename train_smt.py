@@ -19,7 +19,7 @@ import tasks
 from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
 from flops import smt_flops
-from model import ModelConfig, build, decoder_loss, model_fields, parameter_counts, roll_out, squared_error
+from model import ModelConfig, build, decoder_loss, model_fields, parameter_counts, readout_loss, roll_out, squared_error
 from runtime import RunConfig, UsageError
 
 UNIFORMITY_ROWS = 8       # rows whose memory tokens are pushed apart together, so that rows on other processes need not be known
@@ -197,7 +197,7 @@ def smt_loss(networks, x, y, t, counts, config):
     groups = after[:, ::stride].split(min(UNIFORMITY_ROWS, config.batch_size))
     losses["unif"] = sum(uniformity(group.flatten(0, 2)) * len(group) for group in groups) / config.batch_size
 
-    losses["read"] = cross_entropy(networks["readout"](after.detach().flatten(0, 1)), y[:, t]) / readouts
+    losses["read"] = readout_loss(networks, after.detach(), y[:, t], readouts)
 
     loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
     return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}

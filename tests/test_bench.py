@@ -234,7 +234,7 @@ def test_phases_of_dmt_add_up_to_the_iteration(monkeypatch, more):
 def test_a_step_is_the_loss_of_the_stage_and_an_optimiser_step(monkeypatch):
     """The parameters that it leaves are those of the stage's own functions, called on the same batch."""
     seen, config = [], bench.stage_configs("mini", 0)["smt"]
-    monkeypatch.setattr(runtime, "distribute", lambda networks, loss, run: seen.append(networks) or runtime.LossModule(networks, loss))
+    monkeypatch.setattr(runtime, "distribute", lambda networks, loss, run, parts: seen.append(networks) or runtime.LossModule(networks, loss))
     data, run = bench.random_data(0), runtime.Run(torch.device("cpu"), 0, 1, None, False, 1)
     torch.manual_seed(7)
     bench.optimiser_step("SMT step", "smt", config, data, run, bench.stopwatch(run.device)[0])[1](3)
