@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import sample
-from data import futures
+from data import IGNORE, futures
 from flops import chain_flops, forward_flops
-from model import Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, parameter_counts, restore, roll_out, squared_error
+from model import (Block, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, decoder_loss, normalise, parameter_counts,
+                   readout_loss, restore, roll_out, squared_error)
 from runtime import DataError, UsageError
 
 V, T = 5, 7
@@ -518,6 +519,19 @@ def test_updater_begins_as_the_identity(kind, layers):
     torch.testing.assert_close(updater(memory, tokens(2)), memory, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["transformer", "mlp"])
+def test_updater_begins_with_torchs_own_weights_where_asked(kind):
+    sizes = dict(updater=kind, d_model=64)
+    ours, identity = (Updater(config(**sizes, identity=identity), V) for identity in (False, True))
+    memory = normalise(torch.randn(64, 3, 64))
+    changes = [(updater(memory, tokens(64)) - memory).square().mean() for updater in (ours, identity)]
+    assert changes[0] > 0.01 > 1e-9 > changes[1]
+    assert ours.gate.bias.abs() < 64 ** -0.5 and identity.gate.bias == -1
+    linear = [m for m in ours.modules() if isinstance(m, torch.nn.Linear)]
+    own = [m for m in linear if m.weight.abs().max() <= m.in_features ** -0.5]     # torch draws uniformly up to that
+    assert len(linear) - len(own) == (2 if kind == "transformer" else 0)           # queries and keys, which are larger
+
+
 def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
     updater = randomise(Updater(config(), V))
     memory = rms_norm(memories(2))
@@ -528,6 +542,56 @@ def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
             new = updater.transformer(torch.cat([memory, updater.embed(tokens(2))[:, None]], dim=1), model.attend_to_all, slice(3))
             torch.testing.assert_close(updater(memory, tokens(2)), rms_norm(new) if bias > 0 else memory, rtol=0, atol=1e-9)
     assert changed(rms_norm(new), memory).min() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses of decoder and readout
+
+@pytest.mark.parametrize("future_len", [1, 2, 6])
+def test_only_what_is_asked_is_decoded_and_the_loss_and_its_gradients_are_those_of_decoding_all(future_len, monkeypatch):
+    networks, calls = randomise(build(config(encoder="causal", future_len=6), V)), []
+    x, y, t, memory = tokens(4, 8), tokens(4, 8, seed=1), torch.tensor([7, 2, 0, 5]), memories(4, 4)
+    y[:2, 3:], y[2:, ::3], y[3] = IGNORE, IGNORE, IGNORE
+    future_y = F.pad(y, (0, 6), value=IGNORE)
+    lengths = sorted(max((i + 1 for i in range(future_len) if future_y[row, at + i] != IGNORE), default=0) for row in range(4) for at in t)
+    hook = networks["decoder"].register_forward_hook(lambda _, given, __: calls.append((len(given[0]), given[1].shape[1] + 1)))
+
+    def gradients():
+        loss = decoder_loss(networks, memory, x, y, t, torch.tensor(7), future_len)
+        return loss, *torch.autograd.grad(loss, list(networks["decoder"].parameters()), allow_unused=future_len == 1)
+
+    ours = gradients()
+    asked = [n for n in lengths if n]
+    assert 0 < len(asked) < 16 and sum(rows for rows, _ in calls) == len(asked)
+    ends = [sum(rows for rows, _ in calls[:i + 1]) for i in range(len(calls))]
+    assert len(calls) == (1 if future_len == 1 else model.PARTS)
+    assert [length for _, length in calls] == [min(future_len, max(2, asked[end - 1])) for end in ends]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    calls.clear()
+    for mine, whole in zip(ours, gradients()):
+        assert mine is whole is None or torch.allclose(mine, whole, rtol=1e-9)
+    assert calls == [(16, future_len)]
+    hook.remove()
+
+
+def test_only_memories_that_are_asked_are_read_out():
+    networks, calls, y, memory = randomise(build(config(), V)), [], tokens(3, 5), memories(3, 5)
+    y[0], y[2, 1] = IGNORE, IGNORE
+    logits = networks["readout"](memory.flatten(0, 1))
+    networks["readout"].register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+    expected = sum(-logits.view(3, 5, V)[row, at].log_softmax(-1)[y[row, at]] for row in range(3) for at in range(5) if y[row, at] != IGNORE)
+    torch.testing.assert_close(readout_loss(networks, memory, y, torch.tensor(20)), expected / 20)
+    assert calls == [9]
+
+
+@pytest.mark.parametrize("asked", [[], [3], [0, 1, 2, 3]], ids=["nothing", "the last token alone", "all"])
+def test_every_parameter_of_decoder_and_readout_has_a_gradient_whatever_is_asked(asked):
+    """Which DistributedDataParallel waits for."""
+    networks, x, y, memory = randomise(build(config(encoder="causal"), V)), tokens(2, 4), torch.full((2, 4), IGNORE), memories(2, 4)
+    y[:, asked] = 1
+    count = (y != IGNORE).sum()
+    (decoder_loss(networks, memory, x, y, torch.arange(4), count, 4) + readout_loss(networks, memory, y, count)).backward()
+    assert all(p.grad is not None for name in ("decoder", "readout") for p in networks[name].parameters())
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 8), (5, 2, 3, 8), (2, 3, 4, 3, 8)])
