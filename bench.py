@@ -175,7 +175,7 @@ def optimiser_step(row, stage, config, data, run, note):
         networks, loss = build(train_transformer.model_config(config), V, ("decoder",)), train_transformer.transformer_loss
         flops, _ = transformer_flops(config, networks, V, T)
     networks.to(run.device)
-    parts = ("updater", *["readout"] * (run.device.type == "cuda")) if stage == "bptt" else ()
+    parts = train_bptt.compiled_parts(run.device) if stage == "bptt" else ()
     optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run, parts)
 
     def measure(step):

@@ -41,7 +41,7 @@ class ModelConfig:
     register_layers: int = 1        # causal encoder: the last layers, in which the registers take part
     decoder_layers: int = 1         # layers of the decoder
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
-    identity: bool = True           # the updater begins as the identity (transformer and mlp); false: with torch's own weights
+    identity: bool = True           # the updater (transformer, mlp) begins as the identity, mostly closed; false: with random weights
     readout_layers: int = 1         # layers of the readout
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
     context_len: int = 256          # tokens of past that the window encoder reads (Tc); causal: that each of its layers looks back on
@@ -381,7 +381,7 @@ class Readout(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What SMT and DMT ask of a memory
+# What is asked of a memory
 
 def squared_error(memory, goal, real, relative_to=None):
     """Squared error of predicted memories against the encoder's, (.., K, d) each: its mean over a memory, summed over the real
@@ -403,17 +403,17 @@ READOUTS = 32768       # memories in a call of the readout: CUDA's attention ker
 
 
 def parts_of(y):
-    """Targets y (n, m) in parts, [(rows, length)]: together the rows in which anything is asked, each as far as the last target asked
-    of the part. At least one row, two targets long, so that each parameter has its gradient.
+    """Targets y (n, m) in parts, [(rows, length)]: together the rows in which anything is asked, the shortest first, each part as
+    far as the last target asked in it. At least one row, and two of m > 1 targets, so that each parameter has its gradient.
 
-    On CUDA all in one: there a new shape costs more than is saved.
+    All in one, and in full, on CUDA and where it is compiled: there a new shape costs more than is saved.
     """
     n, m = y.shape
     if y.device.type != "cpu" or torch.compiler.is_compiling():
         return [(slice(None), m)]
-    length = ((y != IGNORE) * torch.arange(1, m + 1)).amax(1)
-    order = length.argsort()[min(int((length == 0).sum()), n - 1):]
-    return [(rows, min(m, max(2, int(length[rows[-1]])))) for rows in order.chunk(PARTS if m > 1 else 1)]
+    lengths = ((y != IGNORE) * torch.arange(1, m + 1)).amax(1)
+    order = lengths.argsort()[min(int((lengths == 0).sum()), n - 1):]
+    return [(rows, min(m, max(2, int(lengths[rows[-1]])))) for rows in order.chunk(PARTS if m > 1 else 1)]
 
 
 def decoder_loss(networks, memories, x, y, t, count, future_len):
@@ -423,9 +423,9 @@ def decoder_loss(networks, memories, x, y, t, count, future_len):
     """
     future_x, future_y = (some.flatten(0, 1) for some in futures(x, y, t, future_len, networks["encoder"].pad))
     memories, losses = memories.flatten(0, 1), []
-    for rows, n in parts_of(future_y):
-        logits = networks["decoder"](memories[rows], future_x[rows, :n - 1])                # (rows, n, V)
-        losses.append(cross_entropy(logits, future_y[rows, :n]))
+    for rows, length in parts_of(future_y):
+        logits = networks["decoder"](memories[rows], future_x[rows, :length - 1])           # (rows, length, V)
+        losses.append(cross_entropy(logits, future_y[rows, :length]))
     return sum(losses) / count.clamp(min=1)
 
 

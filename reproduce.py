@@ -269,12 +269,12 @@ def plan(name, config):
 
 def overview(config):
     """Print a line for each experiment."""
-    print(f"{'experiment':12}{'runs':>6}{'done':>6}{'minutes left':>14}  question")
+    print(f"{'experiment':16}{'runs':>6}{'done':>6}{'minutes left':>14}  question")
     for name, experiment in EXPERIMENTS.items():
         _, runs, root = plan(name, config)
         done, all_runs = len(finished(runs, root, config.scale)), len(experiment.runs(range(experiment.seeds), ""))
         left = experiment.minutes * config.scale * (len(runs) - done) / all_runs
-        print(f"{name:12}{len(runs):>6}{done:>6}{left:>14.0f}  {experiment.question}")
+        print(f"{name:16}{len(runs):>6}{done:>6}{left:>14.0f}  {experiment.question}")
 
 
 def command_line(arguments):

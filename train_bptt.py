@@ -29,7 +29,7 @@ class Config(RunConfig):
     n_heads: int = 4                # attention heads
     memory_tokens: int = 4          # memory tokens K
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
-    identity: bool = True           # the updater begins as the identity (transformer and mlp); false: with torch's own weights
+    identity: bool = True           # the updater (transformer, mlp) begins as the identity, mostly closed; false: with random weights
     readout_layers: int = 1         # layers of the readout
     context_len: int = 256          # tokens of a row of text, unless --seq_len says
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
@@ -75,6 +75,11 @@ def unroll(updater, memory, x, truncate=0):
     return torch.cat(memories, dim=1)
 
 
+def compiled_parts(device):
+    """The networks that --compile compiles; on a CPU not the readout, which gets another number of memories at each step."""
+    return ("updater", "readout") if device.type == "cuda" else ("updater",)
+
+
 def bptt_loss(networks, x, y, count, truncate=0):
     """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}; the gradient goes through all steps, or `truncate`.
 
@@ -100,8 +105,7 @@ def main():
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
     optimizer = runtime.adamw(networks, config)
-    compiled = ("updater", "readout") if run.device.type == "cuda" else ("updater",)    # on a CPU the readout's shape is each step's own
-    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, parts=compiled)
+    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, compiled_parts(run.device))
     first_step = runtime.begin(run, config, data, networks, optimizer)
     run.print(parameter_counts(networks))
     flops, sequential_flops = bptt_flops(config, model_config(config), networks, data.vocab_size, T)

@@ -1,4 +1,5 @@
 """Backpropagation through time: its gradients against finite differences, and where truncation cuts them."""
+import dataclasses
 import json
 
 import pytest
@@ -114,6 +115,13 @@ def test_truncated_gradients_equal_a_loop_that_detaches(updater):
         total = total + nn.functional.cross_entropy(networks["readout"](memory), y[:, i], ignore_index=IGNORE, reduction="sum")
     for a, b in zip(torch.autograd.grad(total / count, list(networks.parameters())), gradients(networks, x, y, count, 4)):
         torch.testing.assert_close(a, b)
+
+
+def test_the_flags_of_the_rnn_are_those_of_its_model():
+    flags = dict(updater="mlp", d_model=32, n_heads=2, memory_tokens=3, updater_layers=5, identity=False, readout_layers=7, context_len=9)
+    found = dataclasses.asdict(train_bptt.model_config(train_bptt.Config(**flags)))
+    assert flags == {name: found[name] for name in flags}
+    assert flags.keys() == {f.name for f in dataclasses.fields(ModelConfig)} & {f.name for f in dataclasses.fields(train_bptt.Config)}
 
 
 def test_memories_read_out_in_parts_give_the_same_loss(monkeypatch):

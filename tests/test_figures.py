@@ -213,10 +213,11 @@ def test_gradients_are_those_of_documents_with_the_same_last_target():
 
 
 def test_runs_of_the_same_sizes_share_what_does_not_depend_on_their_weights():
-    runs = [trained("a"), trained("bb", ("updater", "readout")), trained("ccc", updater="gru"), trained("dddd", ("decoder",))]
-    assert [[run.name for run in group] for group in figures.rnn_groups(runs)] == [["a", "bb"], ["ccc"]]
+    runs = [trained("a"), trained("bb", ("updater", "readout")), trained("ccc", updater="gru"), trained("dddd", ("decoder",)),
+            trained("eeeee", identity=False)]
+    assert [[run.name for run in group] for group in figures.rnn_groups(runs)] == [["a", "bb"], ["ccc"], ["eeeee"]]
     lines = figures.gradients(runs, *documents(), 0)["lines"]
-    assert [line["runs"] for line in lines if line["part"] == "at initialisation"] == [["a", "bb"], ["ccc"]]
+    assert [line["runs"] for line in lines if line["part"] == "at initialisation"] == [["a", "bb"], ["ccc"], ["eeeee"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -520,7 +520,7 @@ def test_updater_begins_as_the_identity(kind, layers):
 
 
 @pytest.mark.parametrize("kind", ["transformer", "mlp"])
-def test_updater_begins_with_torchs_own_weights_where_asked(kind):
+def test_updater_begins_with_random_weights_where_asked(kind):
     sizes = dict(updater=kind, d_model=64)
     ours, identity = (Updater(config(**sizes, identity=identity), V) for identity in (False, True))
     memory = normalise(torch.randn(64, 3, 64))
@@ -528,8 +528,9 @@ def test_updater_begins_with_torchs_own_weights_where_asked(kind):
     assert changes[0] > 0.01 > 1e-9 > changes[1]
     assert ours.gate.bias.abs() < 64 ** -0.5 and identity.gate.bias == -1
     linear = [m for m in ours.modules() if isinstance(m, torch.nn.Linear)]
-    own = [m for m in linear if m.weight.abs().max() <= m.in_features ** -0.5]     # torch draws uniformly up to that
-    assert len(linear) - len(own) == (2 if kind == "transformer" else 0)           # queries and keys, which are larger
+    own = [m for m in linear if 0.5 < m.weight.abs().max() * m.in_features ** 0.5 <= 1]    # as torch draws them
+    assert len(linear) - len(own) == (2 if kind == "transformer" else 0)                   # two layers' queries, keys and values are larger
+    assert all(m.bias is None or m.bias.abs().max() > 0 for m in linear)
 
 
 def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
@@ -680,8 +681,8 @@ def test_flops_are_those_that_torch_counts(changes):
     """All products of matrices; torch counts those of causal attention in full, we count half. Of the decoder the mean over the row."""
     sizes = config(d_model=32, context_len=24, future_len=16, **changes)
     networks, B, memory, x, t = build(sizes, V), 3, torch.randn(3, 3, 32), tokens(3, 20), torch.arange(5) * 3
-    futures = [x[:1, i + 1:i + 16] for i in range(20)]
-    calls = {"encoder": lambda: networks["encoder"](x, t), "decoder": lambda: [networks["decoder"](memory[:1], future) for future in futures],
+    rest = [x[:1, i + 1:i + 16] for i in range(20)]
+    calls = {"encoder": lambda: networks["encoder"](x, t), "decoder": lambda: [networks["decoder"](memory[:1], future) for future in rest],
              "first": lambda: networks["decoder"](memory, x[:, :0]), "updater": lambda: networks["updater"](memory, x[:, 0]),
              "readout": lambda: networks["readout"](memory)}
     expected = forward_flops(sizes, V, 20, len(t))
@@ -689,7 +690,7 @@ def test_flops_are_those_that_torch_counts(changes):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             run()
         halved = name == "decoder" or name == "encoder" and sizes.encoder == "causal"
-        of = len(futures) if name == "decoder" else B
+        of = len(rest) if name == "decoder" else B
         assert counter.get_total_flops() / of == pytest.approx(expected[name], rel=0.05 if halved else 1e-9), name
 
 

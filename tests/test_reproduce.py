@@ -364,6 +364,11 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     monkeypatch.setattr(experiments, "SCALING", {"memory_tokens": (2, 1), "d_model": (16, 8)})
     sized = [[r["case"] for r in experiments.look_at_sizes(replace(run, stage=stage), checkpoint, data_dir, "x")] for stage in ("smt", "dmt")]
     assert sized == [[], ["d_model 8"]]
+    started = [run for run in experiments.initialisation_runs([1], "")
+               if run.case == "retrieval 32, mlp, 4 layers, random weights" and run.method != "probe"]
+    assert [r for run in started for r in experiments.look_at_initialisation(run, checkpoint, data_dir, "x")] == [
+        dict(case="retrieval 32, mlp, 4 layers", method=f"{method}; random weights", panel="tokens; mlp, 4 layers", value=32)
+        for method in ("SMT+DMT", "BPTT, same seconds")]
     (place / "results").mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
         painted, = experiments.look_at_pictures(Run("mnist", "SMT+DMT", 1, "mnist", "dmt"), runtime.load(smt_run("mnist")), data_dir, "x")
