@@ -323,7 +323,7 @@ class Experiment:
 ACCURACY = ("val_rnn_accuracy", "val_rnn_loss")
 COST = ("seconds", "tokens", "sequential_flops")
 EXPERIMENTS = {
-    "tasks": Experiment("Does SMT then DMT learn what BPTT learns, in the same time, and from as many sequences?", 70, 2, tasks_runs,
+    "tasks": Experiment("Does SMT then DMT learn what BPTT learns, in the same time, and from as many sequences?", 60, 2, tasks_runs,
                         (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
     "harder": Experiment("Which method still learns the tasks when they are harder?", 110, 1, functools.partial(tasks_runs, which=HARDER),
                          (*ACCURACY, "seconds", "max_iters", "lr"), results.dots("val_rnn_accuracy")),
