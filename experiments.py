@@ -271,10 +271,9 @@ def look_at_memories(run, checkpoint, place, name):
 
 
 def look_at_initialisation(run, checkpoint, place, name):
-    """A column for each initialisation, a panel for each depth; SMT alone is left out."""
+    """A column for each method and initialisation; SMT alone is left out."""
     case, start = run.case.rsplit(", ", 1)
-    panel = f"tokens; {case.removeprefix(run.data + ', ')}"
-    return [dict(case=case, method=f"{run.method}; {start}", panel=panel, value=int(run.data.split()[1]))] * (run.stage != "smt")
+    return [dict(case=case, method=f"{run.method}; {start}")] * (run.stage != "smt")
 
 
 def look_at_length(run, checkpoint, place, name):
@@ -334,7 +333,7 @@ EXPERIMENTS = {
                            (*ACCURACY, "uniformity", "effective_rank", "parameters", "seconds"),
                            results.dots("val_rnn_loss", "effective_rank", apart=True), look_at_memories),
     "initialisation": Experiment("Does f have to begin as the identity, and how deep may it be?", 45, 1, initialisation_runs,
-                                 (*ACCURACY, "seconds", "max_iters"), results.against("val_rnn_accuracy"), look_at_initialisation),
+                                 (*ACCURACY, "seconds", "max_iters"), results.dots("val_rnn_accuracy"), look_at_initialisation),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "flops"), results.dots("val_rnn_loss", "val_drift", apart=True)),
     "encoders": Experiment("One window for each memory, or many memories from one pass?", 65, 2, encoders_runs,

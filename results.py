@@ -200,19 +200,22 @@ def against(*metrics, fit=False):
         runs, colour, lines = chosen(records), colours(records), []
         names = list(dict.fromkeys(r["panel"] for r in runs))
         drawing, axes = panels([3.2] * len(metrics), max(1, len(names)), 4.0)
+        for (metric, row), (column, name) in itertools.product(zip(metrics, axes), enumerate(names)):
+            values = sorted({r["value"] for r in runs if r["panel"] == name})
+            row[column].set(xlabel=name, ylabel=TITLES[metric][0], xscale="log", yscale="log" if fit else "linear",
+                            xlim=(values[0] / 1.1, values[-1] * 1.1))
+            row[column].set_xticks(values, map(str, values), minor=False)
+            row[column].xaxis.minorticks_off()
+            row[column].grid(alpha=0.3)
         for (metric, row), (name, method) in itertools.product(zip(metrics, axes), itertools.product(names, colour)):
             ax, points = row[names.index(name)], {}
             for r in (r for r in runs if (r["panel"], r["method"]) == (name, method) and metric in r):
                 points.setdefault(r["value"], []).append(r[metric])
             x, y = sorted(points), [float(np.mean(points[value])) for value in sorted(points)]
-            ax.set(xlabel=name, ylabel=TITLES[metric][0], xscale="log", yscale="log" if fit else "linear")
-            ax.grid(alpha=0.3)
             if len(points) < 1 + fit:               # nothing to draw, or to fit, until further runs are finished
                 continue
             ax.plot(x, shown(metric, y), "o" if fit else "o-", color=colour[method], label=method)
             ax.vlines(x, *zip(*(shown(metric, (min(points[value]), max(points[value]))) for value in x)), color=colour[method])
-            ax.set_xticks(values := sorted({r["value"] for r in runs if r["panel"] == name}), map(str, values), minor=False)
-            ax.xaxis.minorticks_off()
             scale(ax, "y", metric)
             if fit:
                 ax.yaxis.set_major_formatter("{x:g}")

@@ -316,6 +316,17 @@ def test_what_has_one_size_yet_is_not_drawn_as_a_power_law(tmp_path):
     assert [line.count("memory_tokens") for line in draw([*first, second], tmp_path / "2.png")] == [1, 1]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_the_sizes_are_the_ticks_also_while_a_method_or_all_but_one_size_is_missing(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(results, "save", lambda drawing, path, save=results.save: drawn.append(drawing) or save(drawing, path))
+    sized = [record(f"a {v}", "SMT", 1, 1.0, value=v) | {"panel": "a"} for v in (32, 64)]
+    other = record("b 32", "BPTT", 1, 1.0, value=32) | {"panel": "b"}
+    results.against("val_rnn_loss")([*sized, other], tmp_path / "x.png")
+    assert [[label.get_text() for label in ax.get_xticklabels()] for ax in drawn[0].axes] == [["32", "64"], ["32"]]
+    assert all(ax.get_xlim()[0] < 32 < ax.get_xlim()[1] and not len(ax.get_xticks(minor=True)) for ax in drawn[0].axes)
+
+
 @pytest.mark.parametrize("figure", [results.dots("val_rnn_loss", "val_drift"), results.against("val_rnn_loss"),
                                     results.curves(["seconds", "tokens"], ["val_rnn_loss", "val_drift"])])
 def test_every_figure_is_a_small_png_with_all_some_or_none_of_the_runs(figure, tmp_path):
@@ -367,7 +378,7 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     started = [run for run in experiments.initialisation_runs([1], "")
                if run.case == "retrieval 32, mlp, 4 layers, random weights" and run.method != "probe"]
     assert [r for run in started for r in experiments.look_at_initialisation(run, checkpoint, data_dir, "x")] == [
-        dict(case="retrieval 32, mlp, 4 layers", method=f"{method}; random weights", panel="tokens; mlp, 4 layers", value=32)
+        dict(case="retrieval 32, mlp, 4 layers", method=f"{method}; random weights")
         for method in ("SMT+DMT", "BPTT, same seconds")]
     (place / "results").mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
