@@ -273,7 +273,7 @@ def look_at_memories(run, checkpoint, place, name):
 def look_at_initialisation(run, checkpoint, place, name):
     """A column for each method and initialisation; SMT alone is left out."""
     case, start = run.case.rsplit(", ", 1)
-    return [dict(case=case, method=f"{run.method}; {start}")] * (run.stage != "smt")
+    return [dict(case=case, method=f"{run.method.removesuffix(', same seconds')}; {start}")] * (run.stage != "smt")
 
 
 def look_at_length(run, checkpoint, place, name):
@@ -332,7 +332,7 @@ EXPERIMENTS = {
     "updaters": Experiment("Does it depend on the kind of RNN?", 85, 1, updaters_runs,
                            (*ACCURACY, "uniformity", "effective_rank", "parameters", "seconds"),
                            results.dots("val_rnn_loss", "effective_rank", apart=True), look_at_memories),
-    "initialisation": Experiment("Does f have to begin as the identity, and how deep may it be?", 50, 1, initialisation_runs,
+    "initialisation": Experiment("Does f have to begin as the identity, and how deep may it be?", 55, 1, initialisation_runs,
                                  (*ACCURACY, "seconds", "max_iters"), results.dots("val_rnn_accuracy"), look_at_initialisation),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "flops"), results.dots("val_rnn_loss", "val_drift", apart=True)),

@@ -379,7 +379,7 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
                if run.case == "retrieval 32, mlp, 4 layers, random weights" and run.method != "probe"]
     assert [r for run in started for r in experiments.look_at_initialisation(run, checkpoint, data_dir, "x")] == [
         dict(case="retrieval 32, mlp, 4 layers", method=f"{method}; random weights")
-        for method in ("SMT+DMT", "BPTT, same seconds")]
+        for method in ("SMT+DMT", "BPTT")]
     (place / "results").mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
         painted, = experiments.look_at_pictures(Run("mnist", "SMT+DMT", 1, "mnist", "dmt"), runtime.load(smt_run("mnist")), data_dir, "x")
