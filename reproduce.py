@@ -7,8 +7,8 @@
     python reproduce.py pixels --source=FOLDER    # with the idx files of MNIST; text: adds TinyStories, from its two files
 
 An experiment is a list of runs of the train scripts. Runs live in runs/reproduce/<experiment>/, their data sets in
-runs/reproduce/data/. A finished run is not run again unless its flags have changed; an interrupted one is resumed. Ctrl-C stops the
-runs, which save first. Tables and figure are written anew whenever a run is finished.
+runs/reproduce/data/. A finished run is not run again unless its flags have changed; an interrupted one is resumed; one that another
+experiment has finished is copied. Ctrl-C stops the runs, which save first. Tables and figure are written anew whenever a run is finished.
 """
 import dataclasses
 import functools
@@ -98,16 +98,40 @@ def flags_of(run, root, scale):
     return *flags, f"--max_iters={steps}", f"--eval_interval={math.ceil(steps / EVALUATIONS)}"
 
 
+def told(folder):
+    """What the run of a folder was told, as a dict; empty where it has no checkpoint yet."""
+    if not all((folder / name).exists() for name in ("config.json", "ckpt.pt")):
+        return {}
+    return json.loads((folder / "config.json").read_text()) | {"resume": False}
+
+
+def is_complete(folder):
+    """Whether the log of a run ends with the evaluation after its last step."""
+    last = (runtime.read_log(folder / "metrics.jsonl") or [{}])[-1]
+    return last.get("step") == told(folder).get("max_iters", -1) and "val_rnn_loss" in last
+
+
 def state(run, root, scale):
     """done, begun (there is a checkpoint to go on from) or new, of a run whose needs are finished. What was run with other flags is new."""
     here = root / run.name
-    if not (here / "ckpt.pt").exists():         # which is written after config.json
+    if told(here) != resolve(run.stage, flags_of(run, root, scale)):
         return "new"
-    told, told_now = json.loads((here / "config.json").read_text()), resolve(run.stage, flags_of(run, root, scale))
-    if told | {"resume": False} != told_now | {"resume": False}:
-        return "new"
-    last = (log_of(run, root) or [{}])[-1]
-    return "done" if last.get("step") == told["max_iters"] and "val_rnn_loss" in last else "begun"
+    return "done" if is_complete(here) else "begun"
+
+
+def are_alike(config, other):
+    """Whether two runs do the same: told the same but for the folders, and so the runs whose weights they begin with."""
+    if config | dict(out_dir="", init_from="") != other | dict(out_dir="", init_from=""):
+        return False
+    weights, others = config["init_from"], other["init_from"]
+    return weights == others or bool(weights and others) and are_alike(told(Path(weights)), told(Path(others)))
+
+
+def find_alike(run, root, scale):
+    """The folder of another finished run, of any experiment, that does the same as a run whose needs are finished; None if there is none."""
+    config = resolve(run.stage, flags_of(run, root, scale))
+    folders = sorted({path.parent for path in RUNS.glob("*/*/config.json")} - {root / run.name})
+    return next((folder for folder in folders if is_complete(folder) and are_alike(told(folder), config)), None)
 
 
 def finished(runs, root, scale):
@@ -130,12 +154,26 @@ def prepare(data, source):
         datasets.prepare(name, place, source if name not in datasets.GENERATED else None, **options)
 
 
-def launch(run, runs, root, scale, jobs):
-    """Start a run, or go on with it, as a process; its output goes to output.txt. Starting it anew deletes what was made from it."""
-    here, begun = root / run.name, state(run, root, scale) == "begun"
-    for other in runs if not begun else ():
+def clear(run, runs, root):
+    """Delete the folder of a run and what was made from it."""
+    for other in runs:
         if other == run or run in other.needs:      # whose own followers are deleted when it starts anew
             shutil.rmtree(root / other.name, ignore_errors=True)
+
+
+def copy(folder, run, root, scale):
+    """Make the finished run of a folder the run: what it wrote, told where it is now."""
+    here = root / run.name
+    shutil.copytree(folder, here, ignore=shutil.ignore_patterns("seen.json", "config.json"))
+    config = resolve(run.stage, flags_of(run, root, scale))
+    runtime.write_atomically(here / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+
+
+def launch(run, runs, root, scale, jobs):
+    """Start a run, or go on with it, as a process; its output goes to output.txt."""
+    here, begun = root / run.name, state(run, root, scale) == "begun"
+    if not begun:
+        clear(run, runs, root)
     here.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     command = [sys.executable, STAGES[run.stage].__file__, *flags_of(run, root, scale), *["--resume"] * begun]
@@ -170,6 +208,14 @@ def execute(name, config):
     todo = [run for run in runs if run not in done]
     print(f"{name}: {len(todo)} of {len(runs)} runs to do; table and figure: {results.FOLDER / root.name}.md", flush=True)
     report(name, config, done)
+
+    def finish(run, note=""):
+        done.add(run)
+        last = evaluations(run, root)[-1]
+        print(f"{len(done)} of {len(runs)}  {run.name}: loss {last['val_rnn_loss']:.4f}, accuracy {last['val_rnn_accuracy']:.3f}, "
+              f"{last['seconds']:.0f} s{note}", flush=True)
+        report(name, config, done)
+
     try:
         while todo or running:
             for run in list(todo):
@@ -178,8 +224,13 @@ def execute(name, config):
                     failed.add(run)
                     todo.remove(run)
                 elif run.needs <= done and len(running) < config.jobs:
-                    running[run] = launch(run, runs, root, config.scale, config.jobs)
                     todo.remove(run)
+                    if same := find_alike(run, root, config.scale):
+                        clear(run, runs, root)
+                        copy(same, run, root, config.scale)
+                        finish(run, f", from {same}")
+                    else:
+                        running[run] = launch(run, runs, root, config.scale, config.jobs)
             time.sleep(0.1)
             for run, (process, began) in list(running.items()):
                 if process.poll() is None:
@@ -190,11 +241,7 @@ def execute(name, config):
                     print(f"{run.name}: {last_words(root / run.name / 'output.txt', process.returncode)}", flush=True)
                     failed.add(run)
                     continue
-                done.add(run)
-                last = evaluations(run, root)[-1]
-                print(f"{len(done)} of {len(runs)}  {run.name}: loss {last['val_rnn_loss']:.4f}, accuracy {last['val_rnn_accuracy']:.3f}, "
-                      f"{last['seconds']:.0f} s", flush=True)
-                report(name, config, done)
+                finish(run)
     finally:
         for run, (process, began) in running.items():
             process.send_signal(signal.SIGINT)      # it saves

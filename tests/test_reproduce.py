@@ -153,6 +153,33 @@ def test_an_interrupted_run_is_resumed_and_other_flags_or_data_begin_it_and_what
     assert call(reproduce, "pair").status == 0 and len(commands) == 9
 
 
+def test_a_run_that_another_experiment_has_finished_is_copied_if_the_run_it_goes_on_from_is_the_same_too(place, monkeypatch):
+    def looked_at(run, checkpoint, place, name):
+        return [{"val_drift": {"first": 1.0, "same": 2.0, "other": 3.0}[name]}]
+
+    add(monkeypatch, "first", lambda seeds, source: compare("tiny", seeds, SMT, DMT, BPTT), look=looked_at)
+    commands = in_process(monkeypatch)
+    lr = reproduce.resolve("smt", ("--dataset=retrieval", "--preset=tiny", *SMT.split()))["lr"]
+    add(monkeypatch, "same", lambda seeds, source: compare("tiny", seeds, f"{SMT} --lr={lr:g}", DMT, BPTT, case="another name"), look=looked_at)
+    add(monkeypatch, "other", lambda seeds, source: compare("tiny", seeds, f"{SMT} --lr={2 * lr:g}", DMT), look=looked_at)
+    assert call(reproduce, "first").status == 0 and len(commands) == 4
+    result = call(reproduce, "same")
+    assert result.status == 0 and len(commands) == 4 and result.out.count(f", from {place / 'runs' / 'first'}") == 4
+    first, same = (json.loads((place / "results" / f"{name}.json").read_text()) for name in ("first", "same"))
+    assert [r["val_rnn_loss"] for r in first["records"]] == [r["val_rnn_loss"] for r in same["records"]]
+    assert (first["time"], first["machine"]) == (same["time"], same["machine"])
+    assert {r["val_drift"] for r in same["records"]} == {2.0}                 # it is asked what its own experiment asks
+    here = place / "runs" / "same"
+    assert reproduce.told(here / "another-name-smt-dmt-1337")["init_from"] == str(here / "another-name-smt-1337")
+    assert call(reproduce, "other").status == 0                               # DMT is told the same, but of other weights
+    assert [flag(command, "out_dir") for command in commands[4:]] == [str(place / "runs" / "other" / f"tiny-{m}-1337") for m in ("smt", "smt-dmt")]
+
+    (here / "another-name-smt-1337" / "config.json").unlink()                 # as if it had been interrupted while copying
+    shutil.rmtree(place / "runs" / "first" / "tiny-smt-dmt-1337")
+    assert call(reproduce, "same").status == 0
+    assert flag(commands[6], "out_dir") == str(here / "another-name-smt-dmt-1337")
+
+
 def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatch):
     def runs(seeds, source):
         first, second = compare("tiny", seeds, f"{SMT} --device=cuda:77", DMT)
@@ -376,9 +403,9 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     sized = [[r["case"] for r in experiments.look_at_sizes(replace(run, stage=stage), checkpoint, data_dir, "x")] for stage in ("smt", "dmt")]
     assert sized == [[], ["d_model 8"]]
     started = [run for run in experiments.initialisation_runs([1], "")
-               if run.case == "retrieval 32, mlp, 4 layers, random weights" and run.method != "probe"]
+               if run.case == "retrieval 32, 4 layers, random weights" and run.method != "probe"]
     assert [r for run in started for r in experiments.look_at_initialisation(run, checkpoint, data_dir, "x")] == [
-        dict(case="retrieval 32, mlp, 4 layers", method=f"{method}; random weights")
+        dict(case="retrieval 32, 4 layers", method=f"{method}; random weights")
         for method in ("SMT+DMT", "BPTT")]
     (place / "results").mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
