@@ -54,12 +54,13 @@ BROKEN = {"retrieval 32": dict(smt="", dmt="", bptt=""), "retrieval 64": TASKS["
 ABLATION = {                                        # one factor at a time: a line of flags, of SMT or, after SMT as it is, of DMT
     "copy 6": dict(TASKS["copy 6"], change_smt=[
         "--lambda_dyn=5", "--lambda_unif=0", "--detach=false", "--relative=false", "--lambda_own=0", "--lambda_hold=0",
-        "--trunk_iters=0 --teacher_iters=0", "--future_len=1", "--future_len=4", "--positions=4", "--unroll=1"],
-        change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_own=0", "--lambda_hold=0", "--relative=false", "--grow=0",
-                    "--max_iters=250"]),
-    "fables": dict(FABLES, change_smt=["--detach=false", "--teacher_iters=0", "--unroll=1"],
-                   change_dmt=["--unroll=1", "--lambda_own=0", "--grow=0 --horizon=110", "--grow=0 --horizon=110 --persistent",
-                               "--p_start=0.1"])}
+        "--trunk_iters=0 --teacher_iters=0", "--readout_from_decoder=false", "--future_len=1", "--future_len=4", "--positions=4",
+        "--positions=1 --unroll=1 --decode_every=1", "--unroll=1"],
+        change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_read=0", "--lambda_own=0", "--lambda_hold=0", "--relative=false",
+                    "--grow=0", "--max_iters=250"]),
+    "fables": dict(FABLES, change_smt=["--detach=false", "--teacher_iters=0", "--readout_from_decoder=false", "--unroll=1"],
+                   change_dmt=["--unroll=1", "--lambda_read=0", "--lambda_own=0", "--grow=0 --horizon=110",
+                               "--grow=0 --horizon=110 --persistent", "--p_start=0.1"])}
 
 NO_TRUNK = "--encoder=window --trunk_iters=0 --lambda_trunk=0 --teacher_iters=9000"     # which are two thirds of a run at most
 ENCODERS = {                                        # (rows, flags of SMT); the first is the reference: the other gets as many seconds

@@ -35,6 +35,7 @@ class Config(ModelConfig, RunConfig):
     unroll: int = 1                 # steps that the transition goes on from its own memory, with gradients, after one of the encoder's
     trunk_iters: int = 0            # first iterations, which train the causal encoder's trunk alone, as a language model
     teacher_iters: int = 0          # the next, which train encoder and decoder alone; both are 2/3 of a run at most, none with --init_from
+    readout_from_decoder: bool = True    # when the RNN joins them, the readout begins with the decoder's weights
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     lambda_dec: float = 1.0         # weight of the decoder's loss
     lambda_own: float = 0.0         # weight of L_own: the decoder's first target, from the memories that the transition predicts
@@ -236,7 +237,7 @@ def main():
 
         if step == trunk_end > 0:
             networks["decoder"].start_from(networks["encoder"])
-        if step == teacher_end > 0:
+        if step == teacher_end > 0 and config.readout_from_decoder:
             networks["readout"].start_from(networks["decoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions, config.p_start,
                                         run.rank, run.world_size)

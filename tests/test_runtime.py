@@ -616,6 +616,13 @@ def test_the_decoder_goes_on_from_the_trunk_and_the_readout_from_the_decoder(tmp
         torch.testing.assert_close(weights[f".model.decoder.{name}"], weights[f".model.readout.{name}"], rtol=0, atol=1e-6)
 
 
+def test_the_readout_keeps_its_own_weights_where_it_is_told_to(tmp_path, data_dir, smt_run):
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 1).split(), "--max_iters=3", "--lr=1e-9",
+            "--readout_from_decoder=false")
+    weights = checkpoint(tmp_path)
+    assert (weights[".model.decoder.head.weight"] - weights[".model.readout.head.weight"]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("trunk_iters, teacher_iters, max_iters, ends", [
     (1000, 800, 2700, [1000, 1800]), (1000, 800, 2000, [740, 1333]), (1000, 0, 600, [400, 400]), (0, 9, 100, [0, 9]), (0, 0, 100, [0, 0])])
 def test_the_first_phases_fit_into_short_runs_however_often_a_line_is_logged(trunk_iters, teacher_iters, max_iters, ends):
