@@ -234,9 +234,10 @@ def pixels_runs(seeds, source):
 
 def scaling_runs(seeds, source):
     """One size at a time; rows of 220 tokens whatever the context."""
-    changes = ["", *(f"--{name}={value}" for name, values in SCALING.items() for value in values[1:])]
-    return [run for change in changes
-            for run in compare("fables", seeds, f"{FABLES['smt']} --seq_len=220 {change}", f"{FABLES['dmt']} --seq_len=220",
+    changes = [("", ""), *((f"--{name}={value}", "--seq_len=220" if name == "context_len" else "")
+                           for name, values in SCALING.items() for value in values[1:])]
+    return [run for change, rows in changes
+            for run in compare("fables", seeds, f"{FABLES['smt']} {change} {rows}", f"{FABLES['dmt']} {rows}",
                                case=f"fables, {change or 'base'}")]
 
 
