@@ -56,11 +56,11 @@ ABLATION = {                                        # one factor at a time: a li
         "--lambda_dyn=5", "--lambda_unif=0", "--detach=false", "--relative=false", "--lambda_own=0", "--lambda_hold=0",
         "--trunk_iters=0 --teacher_iters=0", "--readout_from_decoder=false", "--future_len=1", "--future_len=4", "--positions=4",
         "--positions=1 --unroll=1 --decode_every=1", "--unroll=1"],
-        change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_read=0", "--lambda_own=0", "--lambda_hold=0", "--relative=false",
+        change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_own=0", "--lambda_hold=0", "--relative=false",
                     "--grow=0", "--max_iters=250"]),
     "fables": dict(FABLES, change_smt=["--detach=false", "--teacher_iters=0", "--readout_from_decoder=false", "--unroll=1"],
-                   change_dmt=["--unroll=1", "--lambda_read=0", "--lambda_own=0", "--grow=0 --horizon=110",
-                               "--grow=0 --horizon=110 --persistent", "--p_start=0.1"])}
+                   change_dmt=["--unroll=1", "--lambda_own=0", "--grow=0 --horizon=110", "--grow=0 --horizon=110 --persistent",
+                               "--p_start=0.1"])}
 
 NO_TRUNK = "--encoder=window --trunk_iters=0 --lambda_trunk=0 --teacher_iters=9000"     # which are two thirds of a run at most
 ENCODERS = {                                        # (rows, flags of SMT); the first is the reference: the other gets as many seconds
@@ -180,7 +180,8 @@ def initialisation_runs(seeds, source):
 
 
 def ablation_runs(seeds, source):
-    """The preset, then one change of SMT at a time with DMT as it is, then one change of DMT at a time after the preset's SMT."""
+    """The preset, then one change of SMT at a time with DMT as it is, then one change of DMT at a time after the preset's SMT.
+    What the decoder says in place of the readout comes from `look_at_readout`."""
     runs = []
     for data, flags in ABLATION.items():
         for seed in seeds:
@@ -274,6 +275,17 @@ def look_at_initialisation(run, checkpoint, place, name):
     return [dict(case=case, method=f"{run.method.removesuffix(', same seconds')}; {start}")] * (run.stage != "smt")
 
 
+def look_at_readout(run, checkpoint, place, name):
+    """Of the preset also what the decoder's first target is worth where it is read instead of the readout: as if both were shared."""
+    if not run.case.endswith(", preset") or run.stage != "dmt":
+        return [{}]
+    _, networks, initial_memory = restore(checkpoint)
+    networks["readout"].start_from(networks["decoder"])
+    data, config = datasets.load(checkpoint["data"]["name"], place), checkpoint["config"]
+    numbers = evaluate(networks, initial_memory, *datasets.held_out(data, config["eval_docs"], config["eval_len"], seed=0), data.meta)
+    return [{}, dict(case=f"{run.data}, DMT read by the decoder", curve=None, **numbers)]
+
+
 def look_at_length(run, checkpoint, place, name):
     """Loss and accuracy on 256 new documents of 1, 2, 4 and 8 times the length; the encoder's under a method of its own."""
     _, networks, initial_memory = restore(checkpoint)
@@ -333,7 +345,8 @@ EXPERIMENTS = {
     "initialisation": Experiment("Does f have to begin as the identity, and how deep may it be?", 55, 1, initialisation_runs,
                                  (*ACCURACY, "seconds", "max_iters"), results.dots("val_rnn_accuracy"), look_at_initialisation),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 100, 1, ablation_runs,
-                           (*ACCURACY, "val_teacher_loss", "val_drift", "flops"), results.dots("val_rnn_loss", "val_drift", apart=True)),
+                           (*ACCURACY, "val_teacher_loss", "val_drift", "flops"), results.dots("val_rnn_loss", "val_drift", apart=True),
+                           look_at_readout),
     "encoders": Experiment("One window for each memory, or many memories from one pass?", 65, 2, encoders_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
                            results.curves(["seconds", "tokens"], ["val_rnn_loss"])),

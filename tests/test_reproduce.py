@@ -13,6 +13,7 @@ import torch
 from conftest import BPTT_SIZES, PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZES, call
 
 import experiments
+import model
 import reproduce
 import results
 import runtime
@@ -407,6 +408,15 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     assert [r for run in started for r in experiments.look_at_initialisation(run, checkpoint, data_dir, "x")] == [
         dict(case="retrieval 32, 4 layers", method=f"{method}; random weights")
         for method in ("SMT+DMT", "BPTT")]
+    assert experiments.look_at_readout(replace(run, case="tiny, preset"), checkpoint, data_dir, "x") == [{}]
+    own, read = experiments.look_at_readout(replace(run, case="tiny, preset", stage="dmt"), checkpoint, data_dir, "x")
+    _, networks, initial_memory = model.restore(checkpoint)
+    data, config = reproduce.datasets.load("retrieval", data_dir), checkpoint["config"]
+    x, y = reproduce.datasets.held_out(data, config["eval_docs"], config["eval_len"], seed=0)
+    memories = model.roll_out(networks["updater"], initial_memory.expand(len(x), -1, -1), x)
+    at_first = networks["decoder"](memories.flatten(0, 1), x.new_zeros(x.numel(), 0))[:, 0]
+    loss = torch.nn.functional.cross_entropy(at_first, y.flatten(), ignore_index=reproduce.datasets.IGNORE)
+    assert own == {} and read["case"] == "tiny, DMT read by the decoder" and read["val_rnn_loss"] == pytest.approx(loss.item(), rel=1e-4)
     (place / "results").mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
         painted, = experiments.look_at_pictures(Run("mnist", "SMT+DMT", 1, "mnist", "dmt"), runtime.load(smt_run("mnist")), data_dir, "x")
