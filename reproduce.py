@@ -98,7 +98,7 @@ def flags_of(run, root, scale):
     return *flags, f"--max_iters={steps}", f"--eval_interval={math.ceil(steps / EVALUATIONS)}"
 
 
-def told(folder):
+def config_of(folder):
     """What the run of a folder was told, as a dict; empty where it has no checkpoint yet."""
     if not all((folder / name).exists() for name in ("config.json", "ckpt.pt")):
         return {}
@@ -108,13 +108,13 @@ def told(folder):
 def is_complete(folder):
     """Whether the log of a run ends with the evaluation after its last step."""
     last = (runtime.read_log(folder / "metrics.jsonl") or [{}])[-1]
-    return last.get("step") == told(folder).get("max_iters", -1) and "val_rnn_loss" in last
+    return last.get("step") == config_of(folder).get("max_iters", -1) and "val_rnn_loss" in last
 
 
 def state(run, root, scale):
     """done, begun (there is a checkpoint to go on from) or new, of a run whose needs are finished. What was run with other flags is new."""
     here = root / run.name
-    if told(here) != resolve(run.stage, flags_of(run, root, scale)):
+    if config_of(here) != resolve(run.stage, flags_of(run, root, scale)):
         return "new"
     return "done" if is_complete(here) else "begun"
 
@@ -124,14 +124,17 @@ def are_alike(config, other):
     if config | dict(out_dir="", init_from="") != other | dict(out_dir="", init_from=""):
         return False
     weights, others = config["init_from"], other["init_from"]
-    return weights == others or bool(weights and others) and are_alike(told(Path(weights)), told(Path(others)))
+    return weights == others or bool(weights and others) and are_alike(config_of(Path(weights)), config_of(Path(others)))
 
 
-def find_alike(run, root, scale):
-    """The folder of another finished run, of any experiment, that does the same as a run whose needs are finished; None if there is none."""
+def find_alike(run, root, scale, machine):
+    """The folder of another finished run, of any experiment, that did the same on the same machine as a run whose needs are finished
+    is to do; None if there is none."""
     config = resolve(run.stage, flags_of(run, root, scale))
-    folders = sorted({path.parent for path in RUNS.glob("*/*/config.json")} - {root / run.name})
-    return next((folder for folder in folders if is_complete(folder) and are_alike(told(folder), config)), None)
+    for folder in sorted({path.parent for path in RUNS.glob("*/*/config.json")} - {root / run.name}):
+        machines = {launch["machine"] for launch in runtime.read_log(folder / "launches.jsonl")}
+        if machines == {machine} and is_complete(folder) and are_alike(config_of(folder), config):
+            return folder
 
 
 def finished(runs, root, scale):
@@ -181,13 +184,17 @@ def launch(run, runs, root, scale, jobs):
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment), time.perf_counter()
 
 
-def note_launch(run, root, jobs, began):
-    """Note where and how long a run was running: the machine is part of the result."""
+def this_machine(jobs):
+    """Where a run is running, and how much of it is its own: part of the result."""
     threads = torch.get_num_threads()
-    machine = f"{device_name(runtime.choose_device('auto'))}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} a run, " \
-              f"{jobs} at a time, torch {torch.__version__}"
+    return f"{device_name(runtime.choose_device('auto'))}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)} a run, " \
+           f"{jobs} at a time, torch {torch.__version__}"
+
+
+def note_launch(run, root, jobs, began):
+    """Note where and how long a run was running."""
     with open(root / run.name / "launches.jsonl", "a") as file:
-        file.write(json.dumps({"machine": machine, "seconds": (time.perf_counter() - began) / jobs}) + "\n")
+        file.write(json.dumps({"machine": this_machine(jobs), "seconds": (time.perf_counter() - began) / jobs}) + "\n")
 
 
 def last_words(path, status):
@@ -225,7 +232,7 @@ def execute(name, config):
                     todo.remove(run)
                 elif run.needs <= done and len(running) < config.jobs:
                     todo.remove(run)
-                    if same := find_alike(run, root, config.scale):
+                    if same := find_alike(run, root, config.scale, this_machine(config.jobs)):
                         clear(run, runs, root)
                         copy(same, run, root, config.scale)
                         finish(run, f", from {same}")
