@@ -42,7 +42,7 @@ HARDER["retrieval 128"]["dmt"], HARDER["copy 10"]["dmt"] = "--max_iters=150", "-
 LEARNING_RATES = (1e-3, 3e-3)                       # of BPTT; the better one at the first seed, by held-out loss, serves the other seeds
 FABLES = dict(smt="--max_iters=1500 --trunk_iters=550 --teacher_iters=450", dmt="--max_iters=150", bptt="")     # where runs are many
 
-UPDATERS = {                                        # BPTT at the learning rate that is the better one in `tasks` and `text`
+UPDATERS = {                                        # BPTT at the learning rate that is the better one of such data in `tasks` and `text`
     "copy 6": TASKS["copy 6"] | dict(bptt="--lr=0.003"), "retrieval 32": dict(smt="", dmt="", bptt="--lr=0.001"),
     "fables": FABLES | dict(bptt="--lr=0.003")}
 PAPER_LOSS = "--teacher_iters=0 --detach=false --relative=false --lambda_dyn=0.1 --lambda_unif=0.001 --lambda_own=0 --lambda_hold=0 --unroll=1"
@@ -276,7 +276,7 @@ def look_at_initialisation(run, checkpoint, place, name):
 
 
 def look_at_readout(run, checkpoint, place, name):
-    """Of the preset also what the decoder's first target is worth where it is read instead of the readout: as if both were shared."""
+    """Of the preset also what the RNN is worth with the decoder in place of the readout, put there after training."""
     if not run.case.endswith(", preset") or run.stage != "dmt":
         return [{}]
     _, networks, initial_memory = restore(checkpoint)

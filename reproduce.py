@@ -8,9 +8,11 @@
 
 An experiment is a list of runs of the train scripts. Runs live in runs/reproduce/<experiment>/, their data sets in
 runs/reproduce/data/. A finished run is not run again unless its flags have changed; an interrupted one is resumed; one that another
-experiment has finished is copied. Ctrl-C stops the runs, which save first. Tables and figure are written anew whenever a run is finished.
+experiment has finished, on such a machine and with as many --jobs, is copied. Ctrl-C stops the runs, which save first. Tables and figure
+are written anew whenever a run is finished.
 """
 import dataclasses
+import filecmp
 import functools
 import itertools
 import json
@@ -99,7 +101,7 @@ def flags_of(run, root, scale):
 
 
 def config_of(folder):
-    """What the run of a folder was told, as a dict; empty where it has no checkpoint yet."""
+    """What the run of a folder was told, but for --resume, as a dict; empty where it has no checkpoint yet."""
     if not all((folder / name).exists() for name in ("config.json", "ckpt.pt")):
         return {}
     return json.loads((folder / "config.json").read_text()) | {"resume": False}
@@ -120,15 +122,15 @@ def state(run, root, scale):
 
 
 def are_alike(config, other):
-    """Whether two runs do the same: told the same but for the folders, and so the runs whose weights they begin with."""
+    """Whether two runs do the same: told the same but for the folders, they begin with the same checkpoint, byte for byte, or with none."""
     if config | dict(out_dir="", init_from="") != other | dict(out_dir="", init_from=""):
         return False
-    weights, others = config["init_from"], other["init_from"]
-    return weights == others or bool(weights and others) and are_alike(config_of(Path(weights)), config_of(Path(others)))
+    weights = [Path(told["init_from"]) / "ckpt.pt" for told in (config, other) if told["init_from"]]
+    return not weights or len(weights) == 2 and all(path.exists() for path in weights) and filecmp.cmp(*weights, shallow=False)
 
 
 def find_alike(run, root, scale, machine):
-    """The folder of another finished run, of any experiment, that did the same on the same machine as a run whose needs are finished
+    """The folder of another finished run, of this experiment or another, that did on such a machine what a run whose needs are finished
     is to do; None if there is none."""
     config = resolve(run.stage, flags_of(run, root, scale))
     for folder in sorted({path.parent for path in RUNS.glob("*/*/config.json")} - {root / run.name}):
@@ -157,26 +159,27 @@ def prepare(data, source):
         datasets.prepare(name, place, source if name not in datasets.GENERATED else None, **options)
 
 
-def clear(run, runs, root):
-    """Delete the folder of a run and what was made from it."""
-    for other in runs:
-        if other == run or run in other.needs:      # whose own followers are deleted when it starts anew
-            shutil.rmtree(root / other.name, ignore_errors=True)
+def clear(folder):
+    """Delete the folder of a run, and those of the experiment's runs that began with its weights."""
+    for path in folder.parent.glob("*/config.json"):
+        if json.loads(path.read_text())["init_from"] == str(folder):
+            clear(path.parent)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy(folder, run, root, scale):
-    """Make the finished run of a folder the run: what it wrote, told where it is now."""
-    here = root / run.name
+def copy_run(folder, run, root, scale):
+    """Make the finished run of another folder this run, told where it is now."""
+    here, config = root / run.name, resolve(run.stage, flags_of(run, root, scale))
+    clear(here)
     shutil.copytree(folder, here, ignore=shutil.ignore_patterns("seen.json", "config.json"))
-    config = resolve(run.stage, flags_of(run, root, scale))
     runtime.write_atomically(here / "config.json", lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
 
 
-def launch(run, runs, root, scale, jobs):
+def launch(run, root, scale, jobs):
     """Start a run, or go on with it, as a process; its output goes to output.txt."""
     here, begun = root / run.name, state(run, root, scale) == "begun"
     if not begun:
-        clear(run, runs, root)
+        clear(here)
     here.mkdir(parents=True, exist_ok=True)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     command = [sys.executable, STAGES[run.stage].__file__, *flags_of(run, root, scale), *["--resume"] * begun]
@@ -232,12 +235,11 @@ def execute(name, config):
                     todo.remove(run)
                 elif run.needs <= done and len(running) < config.jobs:
                     todo.remove(run)
-                    if same := find_alike(run, root, config.scale, this_machine(config.jobs)):
-                        clear(run, runs, root)
-                        copy(same, run, root, config.scale)
-                        finish(run, f", from {same}")
+                    if source := find_alike(run, root, config.scale, this_machine(config.jobs)):
+                        copy_run(source, run, root, config.scale)
+                        finish(run, f", from {source}")
                     else:
-                        running[run] = launch(run, runs, root, config.scale, config.jobs)
+                        running[run] = launch(run, root, config.scale, config.jobs)
             time.sleep(0.1)
             for run, (process, began) in list(running.items()):
                 if process.poll() is None:

@@ -168,20 +168,21 @@ def test_a_run_that_another_experiment_has_finished_is_copied_if_the_run_it_goes
     assert result.status == 0 and len(commands) == 4 and result.out.count(f", from {place / 'runs' / 'first'}") == 4
     first, same = (json.loads((place / "results" / f"{name}.json").read_text()) for name in ("first", "same"))
     assert [r["val_rnn_loss"] for r in first["records"]] == [r["val_rnn_loss"] for r in same["records"]]
-    assert (first["time"], first["machine"]) == (same["time"], same["machine"])
+    noted = [(place / "runs" / folder / "launches.jsonl").read_text() for folder in ("first/tiny-smt-1337", "same/another-name-smt-1337")]
+    assert noted[0] == noted[1] and first["machine"] == same["machine"]
     assert {r["val_drift"] for r in same["records"]} == {2.0}                 # it is asked what its own experiment asks
     here = place / "runs" / "same"
     assert reproduce.config_of(here / "another-name-smt-dmt-1337")["init_from"] == str(here / "another-name-smt-1337")
     assert call(reproduce, "other").status == 0                               # DMT is told the same, but of other weights
     assert [flag(command, "out_dir") for command in commands[4:]] == [str(place / "runs" / "other" / f"tiny-{m}-1337") for m in ("smt", "smt-dmt")]
 
-    add(monkeypatch, "slower", lambda seeds, source: compare("tiny", seeds, SMT, DMT)[:1])
-    assert call(reproduce, "slower", "--jobs=2").status == 0                  # on half of the machine: its seconds are others
-    assert flag(commands.pop(6), "out_dir") == str(place / "runs" / "slower" / "tiny-smt-1337")
     (here / "another-name-smt-1337" / "config.json").unlink()                 # as if it had been interrupted while copying
     shutil.rmtree(place / "runs" / "first" / "tiny-smt-dmt-1337")
     assert call(reproduce, "same").status == 0
     assert flag(commands[6], "out_dir") == str(here / "another-name-smt-dmt-1337")
+    add(monkeypatch, "slower", lambda seeds, source: compare("tiny", seeds, SMT, DMT)[:1])
+    assert call(reproduce, "slower", "--jobs=2").status == 0                  # on half of the machine: its seconds are others
+    assert flag(commands[-1], "out_dir") == str(place / "runs" / "slower" / "tiny-smt-1337")
 
 
 def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatch):
