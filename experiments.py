@@ -353,7 +353,7 @@ EXPERIMENTS = {
     "encoders": Experiment("One window for each memory, or many memories from one pass?", 30, 2, encoders_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "seconds", "tokens"),
                            results.curves(["seconds", "tokens"], ["val_rnn_loss"])),
-    "length": Experiment("Does it hold on documents longer than those of training?", 25, 2, length_runs, ACCURACY,
+    "length": Experiment("Does it hold on documents longer than those of training?", 20, 2, length_runs, ACCURACY,
                          results.against("val_rnn_accuracy", "val_rnn_loss"), look_at_length),
     "text": Experiment("What is text worth to each method, for the same time and for the same tokens?", 35, 1, text_runs,
                        ("val_rnn_loss", "val_gap_to_floor", *COST), results.curves(COST, ["val_rnn_loss"])),
