@@ -185,6 +185,22 @@ def test_a_run_that_another_experiment_has_finished_is_copied_if_the_run_it_goes
     assert flag(commands[-1], "out_dir") == str(place / "runs" / "slower" / "tiny-smt-1337")
 
 
+def test_what_began_with_the_weights_of_a_run_goes_when_it_begins_anew_though_no_plan_names_it(place, monkeypatch):
+    flags, others = [SMT], [f"{DMT} --lr=0.02"]
+    def runs(seeds, source):
+        first, second = compare("tiny", seeds, flags[0], DMT)
+        return [first, second, *(replace(second, case="no longer asked", flags=other) for other in others)]
+    add(monkeypatch, "pair", runs)
+    in_process(monkeypatch)
+    assert call(reproduce, "pair").status == 0
+    folders = place / "runs" / "pair"
+    assert {path.name for path in folders.iterdir()} == {"tiny-smt-1337", "tiny-smt-dmt-1337", "no-longer-asked-smt-dmt-1337"}
+    flags[0] += " --lr=0.02"
+    others.clear()
+    assert call(reproduce, "pair").status == 0
+    assert {path.name for path in folders.iterdir()} == {"tiny-smt-1337", "tiny-smt-dmt-1337"}
+
+
 def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatch):
     def runs(seeds, source):
         first, second = compare("tiny", seeds, f"{SMT} --device=cuda:77", DMT)
