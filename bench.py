@@ -56,15 +56,15 @@ import train_smt
 import train_transformer
 from data import IGNORE
 from flops import bptt_flops, dmt_flops, forward_flops, smt_flops, transformer_flops
-from model import ModelConfig, build, model_fields, roll_out
+from model import ModelConfig, build, empty_memory, model_fields, roll_out
 from runtime import DataError, UsageError
 
 STAGES = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
-CPU = dict(d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=2, updater_layers=4, readout_layers=2,
-           context_len=128, future_len=32)
+CPU = dict(d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_layers=2, updater_layers=4, context_len=128,
+           future_len=32)
 SIZES = {"cpu": {"smt": CPU | dict(batch_size=32, seq_len=128),
                  "dmt": dict(batch_size=16, seq_len=64, horizon=64, label_stride=16),
-                 "bptt": dict(d_model=128, n_heads=4, memory_tokens=8, updater_layers=4, readout_layers=2, batch_size=16, seq_len=64),
+                 "bptt": dict(d_model=128, n_heads=4, memory_tokens=8, updater_layers=4, decoder_layers=2, batch_size=16, seq_len=64),
                  "transformer": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=128, batch_size=32)},
          **{name: {stage: script.PRESETS[name] for stage, script in STAGES.items()} for name in ("tiny", "small", "paper")}}
 SIZES["paper"]["bptt"] = SIZES["paper"]["bptt"] | dict(batch_size=32)
@@ -111,9 +111,9 @@ def stage_configs(preset, seed, grow="", at=0):
         own = c.seq_len or getattr(c, "context_len", default)
         change = dict(seq_len=own, batch_size=at if grow == "batch" else c.batch_size)
         if stage == "smt":
-            change |= dict(trunk_iters=0, teacher_iters=0)
+            change |= dict(trunk_iters=0)
         if stage == "dmt":
-            change |= dict(grow=0.0, horizon=min(c.horizon or own, own))
+            change |= dict(horizon=min(c.horizon or own, own))
         if grow == "T":
             change |= dict(seq_len=at, batch_size=GROWN_ROWS)
             if stage == "dmt":
@@ -176,7 +176,7 @@ def optimiser_step(row, stage, config, data, run, note):
         flops, _ = transformer_flops(config, networks, V, T)
     networks.to(run.device)
     parts = train_bptt.compiled_parts(run.device) if stage == "bptt" else ()
-    optimizer, module = runtime.adamw(networks, config), runtime.distribute(networks, loss, run, parts)
+    optimizers, module = runtime.optimizers(networks, config), runtime.distribute(networks, loss, run, parts)
 
     def measure(step):
         note()
@@ -184,7 +184,7 @@ def optimiser_step(row, stage, config, data, run, note):
         t = t.to(run.device)
         note("data loading" if stage == "smt" else None)
         terms = (t, train_smt.count_terms(x, y, t, config, data.pad)) if stage == "smt" else ((y != IGNORE).sum(),)
-        update(module, optimizer, config, run, x, y, *terms)
+        update(module, optimizers, config, run, x, y, *terms)
         note(row)
 
     tokens = config.batch_size * T
@@ -192,41 +192,38 @@ def optimiser_step(row, stage, config, data, run, note):
     return work | ({"data loading": (tokens, 0)} if stage == "smt" else {}), measure
 
 
-def update(module, optimizer, config, run, *batch):
+def update(module, optimizers, config, run, *batch):
     """What a train script does with a batch."""
     with run.autocast():
         loss, _ = module(*batch)
     loss.backward()
-    runtime.optimizer_step(optimizer, config.lr, config.grad_clip)
+    runtime.optimizer_step(optimizers, config.lr, config.grad_clip)
 
 
 def dmt(config, smt_config, data, run, note, spent):
     """An iteration of DMT. The encoder's hooks tell labels from roll-out, which the stage has in one function."""
     model_config, T, h, device = ModelConfig(**model_fields(smt_config)), config.seq_len, config.horizon, run.device
-    Tf = model_config.future_len
     networks = build(model_config, data.vocab_size).to(device).requires_grad_(False)
     for name in ("updater", "readout"):
         networks[name].requires_grad_()
-    optimizer = runtime.adamw(networks, config)
-    module = runtime.distribute(networks, lambda *batch: train_dmt.dmt_loss(*batch, config, Tf), run)
+    optimizers = runtime.optimizers(networks, config)
+    module = runtime.distribute(networks, lambda *batch: train_dmt.dmt_loss(*batch, config), run)
     if run.compile:
         networks["updater"].compile(dynamic=False)      # for the roll-outs
     networks["encoder"].register_forward_pre_hook(lambda *_: note("DMT roll-out"))
     networks["encoder"].register_forward_hook(lambda *_: note("DMT labels"))
 
     def measure(step):
-        begins, pairs = train_dmt.choose_pairs(config, step, T, h)
-        pairs = [(runs.to(device), reads.to(device)) for runs, reads in pairs]
+        begins, labelled = train_dmt.choose_steps(config, step, T, h)
+        labelled = labelled.to(device)
         x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start)
-        (x_rolled, y_rolled), place = train_dmt.pieces(x, y, begins, h + Tf - 1, data.pad), 0
         note()
         with run.autocast():
-            before, after, labels = train_dmt.roll_out_and_label(networks, x, begins, h, torch.cat([runs for runs, _ in pairs]))
+            before, labels = train_dmt.roll_out_and_label(networks, x, begins, h, labelled)
         note("DMT roll-out")
-        for runs, reads in pairs:
-            here = slice(place, place := place + len(runs))
-            counts = train_dmt.count_terms(x_rolled, y_rolled, runs, reads, Tf, data.pad)
-            update(module, optimizer, config, run, before[:, here], after, labels[:, here], x_rolled, y_rolled, runs, reads, counts)
+        labelled_x, labelled_y = (train_dmt.cut(tokens, begins, h)[:, labelled] for tokens in (x, y))
+        counts = train_dmt.count_terms(labelled_x, labelled_y, data.pad)
+        update(module, optimizers, config, run, before, labels, labelled_x, labelled_y, counts)
         note("DMT supervised pass")
         seconds, peaks = zip(*spent.values())
         spent["DMT iteration"] = sum(seconds), max(peaks)
@@ -234,13 +231,12 @@ def dmt(config, smt_config, data, run, note, spent):
         if device.type == "cuda":
             note()
             with torch.no_grad(), run.autocast():
-                roll_out(networks["updater"], after[:, 0], x_rolled[:, :h])
+                roll_out(networks["updater"], before[:, 0], train_dmt.cut(x, begins, h))
             note("DMT roll-out, plain")
 
-    begins, pairs = train_dmt.choose_pairs(config, 0, T, h)
-    n, labelled, rows = len(begins), sum(runs.numel() for runs, _ in pairs), config.batch_size * len(begins)
-    forward = forward_flops(model_config, data.vocab_size, T, n * labelled + int((begins > 0).sum()))
-    flops, _ = dmt_flops(config, model_config, networks, data.vocab_size, T, begins, h, pairs)
+    n, R = (len(chosen) for chosen in train_dmt.choose_steps(config, 0, T, h))
+    rows, forward = config.batch_size * n, forward_flops(model_config, data.vocab_size, T, n * (R + 1))
+    flops, _ = dmt_flops(config, model_config, networks, data.vocab_size, T, n, h, R)
     labels, step = config.batch_size * forward["encoder"], rows * forward["updater"]
     plain = {"DMT roll-out, plain": (rows * h, h * step)} if device.type == "cuda" else {}
     return {"DMT iteration": (rows * h, flops), "DMT roll-out": (rows * h, h * step), "DMT roll-out, one step": (rows, step), **plain,
@@ -251,7 +247,7 @@ def sampling(row, streams, config, data, run, note):
     """A token of each stream, by the RNN that an SMT config describes."""
     networks, forward = build(config, data.vocab_size).to(run.device), forward_flops(config, data.vocab_size, config.seq_len, 1)
     with torch.no_grad():
-        memory = sample.begin(networks, networks["encoder"].initial_memory(), streams)
+        memory = sample.begin(networks, empty_memory(networks["encoder"]), streams)
     tokens = sample.generate(networks, memory, 1.0, 0, sample.seeded(config.seed, streams))
 
     def measure(step):

@@ -203,21 +203,6 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
     return x, y, torch.from_numpy(t)
 
 
-def stream_rows(data, step, batch_size, seq_len, length, rank=0, world_size=1):
-    """Rows of streams that go on from step to step, each in its own part of the text: the last `length` tokens are new.
-
-    Returns x, y (batch_size / world_size, seq_len), and whether the streams begin anew, as they do at their part's end.
-    """
-    if data.kind != "text" or not 0 < length < seq_len:
-        raise UsageError("streams that go on need running text and fewer new tokens than a row has (--horizon < --seq_len)")
-    part = (len(data.train.tokens) - 1) // batch_size
-    steps = (part - seq_len) // length + 1
-    if steps < 1:
-        raise UsageError(f"{batch_size} streams of {seq_len} tokens are more than the text's {len(data.train.tokens)}")
-    begin = torch.arange(batch_size).chunk(world_size)[rank] * part + step % steps * length
-    return *document_rows(data.train, data.meta, begin, seq_len, cut=False), step % steps == 0
-
-
 def cross_entropy(logits, y):
     """Sum of the cross-entropies of the targets y (...) that are asked, given logits (..., V); of bf16 in float32, which autocast does
     not see to."""

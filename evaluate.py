@@ -1,6 +1,6 @@
 """What a checkpoint is worth, in numbers and figures; several checkpoints of a data set side by side.
 
-    python evaluate.py                                  # fables, the most finished run: losses, drift, and is the hero's name kept?
+    python evaluate.py                                  # fables, the most finished run: losses, drift, and which facts are kept?
     python evaluate.py --dataset=tinystories --ngrams=5 # beside n-gram models of the same text
     python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --eval_docs=1000
     python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --figures=runs/figures --json=runs/retrieval.json
@@ -34,7 +34,7 @@ class Config:
     eval_docs: int = 256        # held-out documents, at most
     eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
     ngrams: int = 0             # also n-gram models of the training text, up to this order (text only)
-    num_samples: int = 100      # fables: stories to generate, to count in how many the hero keeps its name
+    num_samples: int = 100      # fables: stories to generate, to count in how many the facts are kept
     temperature: float = 1.0    # of these stories
     seed: int = 0               # of these stories
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
@@ -72,11 +72,40 @@ def spread(places, most):
     return places[torch.linspace(0, len(places) - 1, min(most, len(places)), device=places.device).long()]
 
 
+def loss_of(name, logits, y):
+    """Amounts and weights (N, S) of the loss at targets y (N, S), given logits (N, S, V)."""
+    asked = y != IGNORE
+    loss = F.cross_entropy(logits.flatten(0, 1), y.clamp(min=0).flatten(), reduction="none").view(y.shape)
+    return {name: (loss * asked, asked)}
+
+
 def scores(name, logits, y):
-    """Amounts and weights (N, S) of the loss and of the accuracy at targets y (N, S), given logits (N, S, V)."""
-    asked, targets = y != IGNORE, y.clamp(min=0)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(y.shape)
-    return {f"{name}_loss": (loss * asked, asked), f"{name}_accuracy": ((logits.argmax(-1) == targets) & asked, asked)}
+    """As loss_of, and the accuracy."""
+    asked = y != IGNORE
+    return loss_of(f"{name}_loss", logits, y) | {f"{name}_accuracy": ((logits.argmax(-1) == y) & asked, asked)}
+
+
+DISTANCES = 0, 16, 64       # tokens between a memory and the target that the decoder reads from it
+PLACES = 16                 # targets of each document that are read from all distances, at most
+
+
+def read_from(networks, memory, x, t, n):
+    """The decoder's logits (P, V) of what follows x_t, from m_{t-n} and x_{t-n+1..t}: memory (P, K, d), x (P, L), t (P,)."""
+    since = t[:, None] + torch.arange(1 - n, 1, device=t.device)
+    return networks["decoder"](memory, x.gather(1, since))[:, -1].float()
+
+
+def measure_held(networks, x, y, t, distances):
+    """Amounts and weights of held_<n> at places t (S,): the loss of y_t that the decoder reads from m_{t-n} and x_{t-n+1..t}; and, where
+    there is a trunk, of held_full, which it reads from all of the past. The same targets: the differences are what memories lack."""
+    encoder, parts = networks["encoder"], {}
+    for n in distances:
+        memory = encoder(x, t - n).flatten(0, 1)
+        logits = read_from(networks, memory, x.repeat_interleave(len(t), 0), t.repeat(len(x)), n)
+        parts |= loss_of(f"held_{n}", logits.view(len(x), len(t), -1), y[:, t])
+    if hasattr(encoder, "trunk"):
+        parts |= loss_of("held_full", networks["decoder"].predict(encoder.trunk(x)[1][:, t + 1]).float(), y[:, t])
+    return parts
 
 
 @torch.no_grad()
@@ -86,7 +115,8 @@ def measure(networks, initial_memory, x, y, t, rows=16):
     rnn_loss, rnn_accuracy, at the P places where anything is asked (N, P): Updater and Readout alone, rolled out from m_empty;
     of the Transformer, which has no Updater, its own. Where there is an encoder, and places t (S,) to ask it for memories,
     (N, S): teacher_loss, teacher_accuracy of the Decoder's first target; drift: the squared error of the rolled-out memory,
-    the weight the squared distance of the encoder's from its mean over the documents, both per component.
+    the weight the squared distance of the encoder's from its mean over the documents, both per component; and held_<n> of
+    measure_held, for those of DISTANCES that are below future_len and fit into the documents.
     """
     n, asked, memories, logits = len(x), (y != IGNORE).any(0), [], []
     asked[:1] |= ~asked.any()                                   # the networks take no empty batch: one place without a weight
@@ -106,7 +136,12 @@ def measure(networks, initial_memory, x, y, t, rows=16):
     real = x[:, t] != networks["encoder"].pad                                                        # a document may have ended
     mean = (labels * real[..., None, None]).sum(0) / real.sum(0).clamp(min=1)[:, None, None]
     error, variance = ((a - labels).square().mean((-2, -1)) * real for a in (torch.cat(memories), mean))
-    return measured | scores("teacher", logits.view(n, len(t), -1), y[:, t]) | {"drift": (error, variance)}
+    measured |= scores("teacher", logits.view(n, len(t), -1), y[:, t]) | {"drift": (error, variance)}
+
+    distances = [far for far in DISTANCES if far < networks["decoder"].future_len and far <= int(t.max()) + 1]
+    late = spread(t[t >= distances[-1] - 1], PLACES)
+    parts = [measure_held(networks, part, targets, late, distances) for part, targets in zip(x.split(rows), y.split(rows))]
+    return measured | {name: tuple(map(torch.cat, zip(*(part[name] for part in parts)))) for name in parts[0]}
 
 
 def ratio(amounts, weights):
@@ -136,7 +171,9 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, e
     val_teacher_loss, val_teacher_accuracy: Encoder, then the Decoder's first position. val_drift: the squared error of the
     rolled-out memory over the variance of the encoder's (0: the same; 1: no better than the mean memory). These need an
     encoder (BPTT and the Transformer have none) and are measured at up to most_positions places, spread over those that
-    have targets. errors: also the standard error of each, as <name>_error.
+    have targets. val_held_<n>, val_held_full: nats per target that the decoder reads from the encoder's memory of n tokens earlier and
+    the tokens since, and the trunk from the whole past: what the memory lacks is the difference. errors: also the standard error of
+    each, as <name>_error.
     """
     places = (y != IGNORE).any(0).nonzero().flatten()
     measured = measure(networks, initial_memory, x, y, spread(places, most_positions), rows)
@@ -146,6 +183,33 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, e
     if "statistics" in meta:
         numbers["val_gap_to_floor"] = numbers["val_rnn_loss"] - meta["statistics"]["entropy_per_character"]
     return numbers
+
+
+@torch.no_grad()
+def fact_losses(networks, initial_memory, x, distances=(0, 12, 60)):
+    """What memories hold of stories x (N, L) of fables: nats at the first letter of each fact where the last sentence mentions it.
+
+    {fact: {"0 back": .., "rnn": ..}}: the decoder reads from the encoder's memory of n tokens earlier, if the fact had been told by then,
+    and the tokens since; the readout reads the rolled-out RNN's own memory.
+    """
+    found = {}
+
+    def add(fact, column, logits, target):
+        found.setdefault(fact, {}).setdefault(column, []).append(float(F.cross_entropy(logits, target)))
+
+    for row in x:
+        row = row[row < fables.VOCAB_SIZE]                  # without PAD
+        facts = fables.returns(bytes(row[1:].tolist()).decode("ascii"))
+        rolled = roll_out_without_gradients(networks["updater"], initial_memory[None], row[None])[0]
+        places = torch.arange(-1, len(row), device=x.device)
+        memories = networks["encoder"](row[None], places)[0] if "encoder" in networks else ()
+        for fact, (told, back) in facts.items():            # character i is token i + 1: the token at `back` is the last before the fact
+            add(fact, "rnn", networks["readout"](rolled[back:back + 1]), row[back + 1:back + 2])
+            for n in distances if len(memories) else ():
+                if back - n >= told and n < networks["decoder"].future_len:
+                    logits = read_from(networks, memories[back - n + 1][None], row[None], torch.tensor([back], device=x.device), n)
+                    add(fact, f"{n} back", logits, row[back + 1:back + 2])
+    return {fact: {column: sum(values) / len(values) for column, values in columns.items()} for fact, columns in found.items()}
 
 
 NGRAM_TOKENS = 20_000_000   # of the training text that the n-gram models count, at most
@@ -212,6 +276,19 @@ def table(trained, numbers):
     return "\n".join((f"{name:24}" + "".join(f"{cell:{width}}" for cell in row)).rstrip() for name, row in cells.items())
 
 
+FACT_STORIES = 120      # held-out stories in which facts are looked for, at most
+
+
+def facts_table(facts):
+    """Lines of text: a row for each fact, how often generated stories keep it, and what memories hold of it."""
+    columns = list(dict.fromkeys(name for numbers in facts.values() for name in numbers if name not in ("kept", "mentioned")))
+    lines = [f"{'':10}{'kept':14}" + "".join(f"{name:>10}" for name in columns)]
+    for fact, numbers in facts.items():
+        cells = [f"{numbers[name]:10.3f}" if name in numbers else f"{'-':>10}" for name in columns]
+        lines.append(f"{fact:10}{numbers['kept']:3d} of {numbers['mentioned']:3d}    " + "".join(cells))
+    return "\n".join(lines)
+
+
 def main():
     config = runtime.parse(Config)
     if config.json and not Path(config.json).parent.is_dir():
@@ -235,8 +312,14 @@ def main():
         print(f"{f'{order}-gram loss':24}{loss:8.4f}")
     for run, column in zip(trained, numbers) if meta["name"] == "fables" else ():
         stories = complete_stories(run.networks, run.initial_memory, config.num_samples, config.temperature, config.seed)
-        column |= dict(hero_kept=sum(map(fables.hero_kept, stories)), stories=len(stories))
-        print(f"{run.name}: the hero's name is kept in {column['hero_kept']} of {len(stories)} generated stories")
+        kept = [fables.kept(story) for story in stories]
+        column["facts"] = {fact: dict(kept=sum(k[fact] for k in kept if fact in k), mentioned=sum(fact in k for k in kept))
+                           for fact in fables.RETURNING}
+        if "updater" in run.networks:
+            for fact, losses in fact_losses(run.networks, run.initial_memory, x[:FACT_STORIES]).items():
+                column["facts"][fact] |= losses
+        print(f"\n{run.name}: facts that the last sentence comes back to, of {len(stories)} generated stories, and nats at their first letter")
+        print(facts_table(column["facts"]))
     if not config.figures and not config.json:
         return
 

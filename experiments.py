@@ -41,47 +41,38 @@ TASKS["retrieval 64"]["smt"], HARDER["retrieval 128"]["smt"] = "--future_len=64"
 HARDER["retrieval 128"]["dmt"], HARDER["copy 10"]["dmt"] = "--max_iters=150", "--max_iters=2000"
 LEARNING_RATES = (1e-3, 3e-3)                       # of BPTT; the better one at the first seed, by held-out loss, serves the other seeds
 HARDER["copy 10"]["rates"] = HARDER["stack 64"]["rates"] = (3e-3,)      # which BPTT learns at either rate
-FABLES = dict(smt="--max_iters=1500 --trunk_iters=550 --teacher_iters=450", dmt="--max_iters=150", bptt="")     # where runs are many
+FABLES = dict(smt="--max_iters=1000 --trunk_iters=400", dmt="--max_iters=250", bptt="")     # where runs are many
 
 UPDATERS = {                                        # BPTT at the learning rate that is the better one of such data in `tasks` and `text`
     "copy 6": TASKS["copy 6"] | dict(rates=(3e-3,)), "retrieval 32": dict(smt="", dmt="", bptt="", rates=(1e-3,)),
     "fables": FABLES | dict(rates=(3e-3,))}
-PAPER_LOSS = "--teacher_iters=0 --detach=false --relative=false --lambda_dyn=0.1 --lambda_unif=0.001 --lambda_own=0 --lambda_hold=0 --unroll=1"
-
-INITIALISATIONS = {"identity": "", "random weights": "--identity=false"}
-DEPTHS = {"1 layer": "--updater_layers=1", "4 layers": "--updater_layers=4"}
-BROKEN = {"retrieval 32": dict(smt="", dmt="", bptt=""), "retrieval 64": TASKS["retrieval 64"]}
 
 ABLATION = {                                        # one factor at a time: a line of flags, of SMT or, after SMT as it is, of DMT
     "copy 6": dict(TASKS["copy 6"], change_smt=[
-        "--lambda_dyn=5", "--lambda_unif=0", "--detach=false", "--relative=false", "--lambda_own=0", "--lambda_hold=0",
-        "--trunk_iters=0 --teacher_iters=0", "--readout_from_decoder=false", "--future_len=1", "--future_len=4", "--positions=4",
-        "--positions=1 --unroll=1 --decode_every=1", "--unroll=1"],
-        change_dmt=["--unroll=1", "--unroll=1 --label_stride=1", "--lambda_own=0", "--lambda_hold=0", "--relative=false",
-                    "--grow=0", "--max_iters=250"]),
-    "fables": dict(FABLES, change_smt=["--detach=false", "--teacher_iters=0", "--readout_from_decoder=false"],
-                   change_dmt=["--unroll=1", "--lambda_own=0", "--grow=0 --horizon=110", "--grow=0 --horizon=110 --persistent",
-                               "--p_start=0.1"])}
+        "--lambda_dyn=1", "--lambda_unif=0", "--trunk_iters=0", "--trunk_iters=0 --lambda_trunk=0", "--future_len=1", "--future_len=4",
+        "--positions=4", "--positions=1", "--optimizer=adamw"],
+        change_dmt=["--label_stride=4", "--lambda_dyn=10", "--optimizer=adamw", "--max_iters=250"]),
+    "fables": dict(FABLES, change_smt=["--lambda_dyn=1", "--trunk_iters=0", "--future_len=16", "--positions=1", "--optimizer=adamw"],
+                   change_dmt=["--label_stride=4", "--horizon=110", "--p_start=0.1", "--optimizer=adamw"])}
 
-NO_TRUNK = "--encoder=window --trunk_iters=0 --lambda_trunk=0 --teacher_iters=9000"     # which are two thirds of a run at most
-ENCODERS = {                                        # (rows, flags of SMT); the first is the reference: the other gets as many seconds
-    "causal, 16 positions": (1, "--positions=16 --unroll=4"),
-    "window, 1 position": (4, f"{NO_TRUNK} --positions=1 --unroll=1 --decode_every=1")}
+ENCODERS = {                                        # (times the rows, flags of SMT); the first is the reference: the other gets as many seconds
+    "causal, many positions": (1, ""),
+    "window, 1 position": (4, "--encoder=window --trunk_iters=0 --lambda_trunk=0 --positions=1")}
 ENCODED = {                                         # rows of the reference; DMT with the window has fewer labels, which it pays for one by one
     "retrieval 64": dict(rows=16, smt="--future_len=64 --context_len=64", causal_dmt="", window_dmt="--label_stride=8"),
     "stack 32": dict(rows=16, smt="--context_len=32", causal_dmt="--max_iters=400", window_dmt="--max_iters=400 --label_stride=8"),
-    "fables": dict(rows=8, smt="--max_iters=1200 --trunk_iters=400 --teacher_iters=400 --eval_docs=16",
-                   causal_dmt="--max_iters=150 --eval_docs=16", window_dmt="--max_iters=150 --eval_docs=16 --unroll=4")}
+    "fables": dict(rows=4, smt=f"{FABLES['smt']} --eval_docs=16", causal_dmt=f"{FABLES['dmt']} --eval_docs=16",
+                   window_dmt=f"{FABLES['dmt']} --eval_docs=16 --label_stride=8")}
 
 MULTIPLES = (1, 2, 4, 8)                            # of 32 tokens: the Transformer and the encoder look back over all of them
 LENGTHS = {name: dict(smt="--context_len=256", dmt="", transformer="--context_len=256") for name in ("retrieval 32", "stack 32")}
 
 TEXT = {"fables": dict(smt="", dmt="", bptt="", transformer="", rates=LEARNING_RATES),
-        "tinystories": dict(smt="--max_iters=2500 --trunk_iters=1000 --teacher_iters=600", dmt="", bptt="", transformer="", rates=(3e-3,))}
+        "tinystories": dict(smt="--max_iters=2500 --trunk_iters=1000", dmt="", bptt="", transformer="", rates=(3e-3,))}
 
 PIXELS = "--context_len=784 --batch_size=8"
-MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --teacher_iters=200 --positions=16 --decode_every=4 --unroll=1",
-             dmt="--max_iters=150 --batch_size=8 --horizon=112 --label_stride=16 --unroll=4", bptt="--batch_size=8", transformer=PIXELS)
+MNIST = dict(smt=f"{PIXELS} --max_iters=900 --trunk_iters=300 --future_len=64",
+             dmt="--max_iters=150 --horizon=112 --label_stride=4", bptt="--batch_size=8", transformer=PIXELS)
 
 SCALING = {"memory_tokens": (8, 1, 2, 4), "context_len": (220, 32, 64, 128), "d_model": (64, 16, 32, 48)}     # the first: the preset's
 
@@ -163,22 +154,11 @@ def dagger_runs(seeds, source):
 
 
 def updaters_runs(seeds, source):
-    """Each kind of updater by SMT, DMT and BPTT; two of them also by SMT with the paper's objective, in which f shapes the encoder."""
+    """Each kind of updater by SMT, DMT and BPTT."""
     kinds = {"mlp": "--updater=mlp", "transformer": "--updater=transformer --updater_layers=2", "gru": "--updater=gru"}
-    runs = [run for data, flags in UPDATERS.items() for kind, change in kinds.items()
+    return [run for data, flags in UPDATERS.items() for kind, change in kinds.items()
             for run in compare(data, seeds, f"{flags['smt']} {change}", flags["dmt"], f"{flags['bptt']} {change}", rates=flags["rates"],
                                case=f"{data}, {kind}")]
-    return runs + [run for data in ("copy 6", "fables") for kind in ("mlp", "gru")
-                   for run in compare(data, seeds, f"{UPDATERS[data]['smt']} {kinds[kind]} {PAPER_LOSS}", UPDATERS[data]["dmt"],
-                                      case=f"{data}, {kind}, the paper's loss")]
-
-
-def initialisation_runs(seeds, source):
-    """Retrieval of growing length by SMT, DMT and BPTT, with an updater of one layer and of four, from both initialisations."""
-    cases = itertools.product(BROKEN.items(), DEPTHS.items(), INITIALISATIONS.items())
-    return [run for (data, flags), (layers, depth), (start, change) in cases
-            for run in compare(data, seeds, f"{flags['smt']} {depth} {change}", flags["dmt"], f"{flags['bptt']} {depth} {change}",
-                               case=f"{data}, {layers}, {start}")]
 
 
 def ablation_runs(seeds, source):
@@ -272,12 +252,6 @@ def look_at_memories(run, checkpoint, place, name):
     return [{**size, "uniformity": float(train_smt.uniformity(some)), "effective_rank": effective_rank(memories)}]
 
 
-def look_at_initialisation(run, checkpoint, place, name):
-    """A column for each method and initialisation; SMT alone is left out."""
-    case, start = run.case.rsplit(", ", 1)
-    return [dict(case=case, method=f"{run.method.removesuffix(', same seconds')}; {start}")] * (run.stage != "smt")
-
-
 def look_at_readout(run, checkpoint, place, name):
     """Of the preset also what the RNN is worth with the decoder in place of the readout, put there after training."""
     if not run.case.endswith(", preset") or run.stage != "dmt":
@@ -342,11 +316,9 @@ EXPERIMENTS = {
     "dagger": Experiment("Is it DMT that makes the RNN stand alone, or would more of SMT do?", 10, 2, dagger_runs,
                          (*ACCURACY, "val_teacher_loss", "val_drift", "seconds"),
                          results.curves(["seconds"], ["val_rnn_accuracy", "val_drift"])),
-    "updaters": Experiment("Does it depend on the kind of RNN?", 50, 1, updaters_runs,
+    "updaters": Experiment("Does it depend on the kind of RNN?", 40, 1, updaters_runs,
                            (*ACCURACY, "uniformity", "effective_rank", "parameters", "seconds"),
                            results.dots("val_rnn_loss", "effective_rank", apart=True), look_at_memories),
-    "initialisation": Experiment("Does f have to begin as the identity, and how deep may it be?", 25, 1, initialisation_runs,
-                                 (*ACCURACY, "seconds", "max_iters"), results.dots("val_rnn_accuracy"), look_at_initialisation),
     "ablation": Experiment("What does each part of SMT and DMT contribute?", 50, 1, ablation_runs,
                            (*ACCURACY, "val_teacher_loss", "val_drift", "flops"), results.dots("val_rnn_loss", "val_drift", apart=True),
                            look_at_readout),

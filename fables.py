@@ -46,6 +46,9 @@ def pronoun(girl, boy):
     return Given("hero", {**{name: {girl: 1} for name in GIRLS}, **{name: {boy: 1} for name in BOYS}})
 
 
+USES = dict(kite="fly", ball="throw", drum="beat", boat="sail", bell="ring", hat="wear", lamp="light", book="read", flute="play",
+            scarf="wear", sled="ride", ring="wear")
+
 GRAMMAR = {
     "story": {"{opening} {trouble} {rescue} {ending}": 1},
 
@@ -66,8 +69,7 @@ GRAMMAR = {
     "colour": {"red": 6, "blue": 5, "green": 4, "white": 3, "gold": 2, "pink": 2},
     "thing": {"kite": 6, "ball": 6, "drum": 5, "boat": 5, "bell": 4, "hat": 4, "lamp": 4, "book": 3, "flute": 3,
               "scarf": 3, "sled": 2, "ring": 2},
-    "use": follows("thing", kite="fly", ball="throw", drum="beat", boat="sail", bell="ring", hat="wear", lamp="light",
-                   book="read", flute="play", scarf="wear", sled="ride", ring="wear"),
+    "use": follows("thing", **USES),
     "spot": {"in the river": 5, "down a well": 4, "into a hole": 4, "over a wall": 3, "under a rock": 3,
              "in the mud": 2},
 
@@ -207,16 +209,47 @@ def facts(story):
     return {name: known[name] for name in FACTS}
 
 
-def hero_kept(story):
-    """Whether the last sentence is about the hero that the first one named. Takes any text, a model's failures too.
+# Of each fact that comes back in the last sentence: the sentence that tells it, what it looks like there, and in the last one.
+HOME = r"\b((?:by|in|on|near|at) the \w+)"
+RETURNING = {
+    "hero": (0, r"\blittle ([A-Z]\w*)", r"\blittle ([A-Z]\w*)"),
+    "animal": (0, rf"\b({'|'.join(ANIMALS)})\b", r"\bIn the (\w+)"),        # the last sentence names the animal's den
+    "friend": (2, r"\bold ([A-Z]\w*)", r"\bold ([A-Z]\w*)"),
+    "thing": (1, rf"\b(?:{'|'.join(GRAMMAR['colour'])}) (\w+)", rf"\b(?:{'|'.join(dict.fromkeys([*USES.values(), 'kept']))}) the (\w+)"),
+    "home": (0, HOME, HOME),
+}
 
-    True only if the first of several sentences says "little" and a hero's name, and the last one is finished and contains
-    that name and no other hero's (friends have other names).
-    """
-    sentences = re.split(r"(?<=\.) ", story)
-    named = re.search(r"\blittle ([A-Z][a-z]+)", sentences[0])
-    heroes = {word for word in re.findall(r"[A-Za-z]+", sentences[-1]) if word in GIRLS | BOYS}
-    return bool(named) and len(sentences) > 1 and story.endswith(".") and heroes == {named[1]}
+
+def sentences(story):
+    """The sentences of a text, each with its full stop."""
+    return re.split(r"(?<=\.) ", story)
+
+
+def returns(story):
+    """{fact: (told, back)} of a story that the grammar has made, for the facts that its last sentence mentions: the place after the fact
+    where it is told, and the place where it comes back, its first letter."""
+    told, last, found = sentences(story), sentences(story)[-1], {}
+    for fact, (i, first_pattern, pattern) in RETURNING.items():
+        if back := re.search(pattern, last):
+            before = sum(len(sentence) + 1 for sentence in told[:i])
+            found[fact] = before + re.search(first_pattern, told[i]).end(1), len(story) - len(last) + back.start(1)
+    return found
+
+
+def kept(story):
+    """{fact: bool} of the facts that the last sentence mentions: whether all mentions are what the story has told. Takes any text, a
+    model's failures too; one of less than two sentences, or whose last one is not finished, mentions nothing."""
+    *told, last = sentences(story)
+    result = {}
+    for fact, (i, first_pattern, pattern) in RETURNING.items():
+        mentions = set(re.findall(pattern, last)) if told and last.endswith(".") else set()
+        first = re.search(first_pattern, told[i]) if i < len(told) else None
+        word = first and first[1]
+        if fact == "animal" and word:
+            word, = GRAMMAR["den"].table[word]
+        if mentions:
+            result[fact] = mentions == {word}
+    return result
 
 
 # ---- what is known about all stories

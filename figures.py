@@ -45,11 +45,11 @@ def line(runs, part, x, y, **more):
 
 
 def rnn_groups(trained):
-    """The RNNs, those of the same sizes and initialisation together: lists of runs."""
+    """The RNNs, those of the same sizes together: lists of runs."""
     groups = {}
     for run in (run for run in trained if "updater" in run.networks):
         c = run.config
-        groups.setdefault((c.updater, c.identity, c.d_model, c.n_heads, c.memory_tokens, c.updater_layers, c.readout_layers), []).append(run)
+        groups.setdefault((c.updater, c.d_model, c.n_heads, c.memory_tokens, c.updater_layers, c.decoder_layers), []).append(run)
     return list(groups.values())
 
 
@@ -190,7 +190,7 @@ def gradients(trained, x, y, seed):
     """Norms of gradients with respect to the memory, against t, the mean over documents that have their last target at the same place.
 
     through time: of the loss at that target, through all steps of the RNN between (at most GRADIENT_STEPS): what BPTT learns from.
-    at initialisation: the same with fresh weights; an updater that begins as the identity (--identity, not the GRU) loses little.
+    at initialisation: the same with fresh weights; an updater that begins as the identity (all but the GRU) loses little.
     one step: SMT's, of the squared error at t alone with respect to the m_{t-1} it starts from. Another loss: compare slopes only.
     """
     asked = (y != IGNORE).any(1)
@@ -315,7 +315,7 @@ def cost(trained, vocab_size, seed):
     transformers = [((run.name, own_part(run)), run.config, run.networks.state_dict()) for run in trained if own_part(run) != "RNN"]
     if not transformers:
         size = groups[0][0].config
-        size = dataclasses.replace(size, decoder_layers=size.updater_layers + size.readout_layers, conv_width=1)
+        size = dataclasses.replace(size, decoder_layers=size.updater_layers + size.decoder_layers, conv_width=1)
         transformers = [(("Transformer of as many layers, random weights",), size, None)]
     for key, size, weights in transformers:
         for n in POSITIONS:

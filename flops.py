@@ -9,8 +9,8 @@ from torch import nn
 
 def forward_flops(config, vocab_size, T, S):
     """FLOPs of one forward pass, two per multiply-add: the encoder for S memories of one row of T tokens (trunk: its trunk alone, as
-    a language model), the decoder for one future, as long as those of all places of the row are on average (first: for its first
-    target alone), the updater for one step, the readout for one memory."""
+    a language model), the decoder for one future, as long as those of all places of the row are on average, the updater for one
+    step, the readout for one memory."""
     d, K = config.d_model, config.memory_tokens
 
     def stack(n_layers, tokens, keys, kept=None):
@@ -26,17 +26,16 @@ def forward_flops(config, vocab_size, T, S):
     longest = min(config.future_len, T)
     future = longest - longest * (longest - 1) // (2 * T)                       # targets up to the row's end, on average
     decoded, last = K + future - 1, 2 * d * vocab_size
-    return {"encoder": (S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window" else
-                        mix(T + 1) + stack(config.encoder_layers, T + 1, seen, 0) + stack(config.register_layers, S * K, seen + K)
-                        + S * 2 * d * d),
-            "trunk": mix(T + 1) + stack(config.encoder_layers - config.register_layers, T + 1, seen) + T * last,
-            "decoder": (mix(future - 1) + stack(config.decoder_layers, decoded, decoded // 2) + future * last
-                        + (2 * K * d * d if config.encoder == "causal" and config.future_len > 1 else 0)),
-            "first": stack(config.decoder_layers, K, K, 1) + last,
+    trunk = mix(T + 1) + stack(config.encoder_layers, T + 1, seen)
+    slots = 2 * d * (K - 1) * (T + 1 + S * (T + 1)) + S * 2 * d * d
+    return {"encoder": S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window"
+                       else trunk + slots,
+            "trunk": trunk + T * last,
+            "decoder": mix(future - 1) + stack(config.decoder_layers, decoded, decoded // 2) + future * last,
             "updater": {"transformer": stack(config.updater_layers, K + 1, K + 1, K) + 2 * K * d,
                         "mlp": config.updater_layers * 4 * K * d * (2 * K * d + d) + 2 * K * d,
                         "gru": 6 * K * d * (K * d + d)}[config.updater],
-            "readout": stack(config.readout_layers, K, K, 1) + last}
+            "readout": stack(config.decoder_layers, K, K, 1) + last}
 
 
 def chain_flops(network):
@@ -44,40 +43,24 @@ def chain_flops(network):
     return 2 * sum(p.numel() for name, p in network.named_parameters() if p.dim() == 2 and not name.endswith(("embed.weight", "registers")))
 
 
-def smt_flops(config, networks, vocab_size, T, phase=2):
-    """FLOPs and sequential FLOPs of a step of train_smt.py. phase: 0 the trunk alone, 1 encoder and decoder alone, 2 all."""
-    S, R, chain = config.positions, config.positions // config.unroll, {name: chain_flops(network) for name, network in networks.items()}
-    decoded, updated = -(-S // config.decode_every), R * config.unroll
-    memories = decoded if phase == 1 else 2 * S if config.unroll == 1 else S + R + updated
-    forward = forward_flops(config, vocab_size, T, memories)
-    if phase == 0:
-        encoder, head = networks["encoder"], networks["decoder"].head
-        trunk = nn.ModuleList([encoder.embed, *encoder.transformer.blocks[:encoder.trunk_layers], head])
-        return 3 * config.batch_size * forward["trunk"], 3 * chain_flops(trunk)
+def smt_flops(config, networks, vocab_size, T, trunk_alone=False):
+    """FLOPs and sequential FLOPs of a step of train_smt.py."""
+    S, chain = config.positions, {name: chain_flops(network) for name, network in networks.items()}
+    forward = forward_flops(config, vocab_size, T, 2 * S)
+    if trunk_alone:
+        encoder = networks["encoder"]
+        return 3 * config.batch_size * forward["trunk"], 3 * chain_flops(nn.ModuleList([encoder.embed, encoder.transformer, networks["decoder"].head]))
     head = T * 2 * config.d_model * vocab_size if config.lambda_trunk else 0
-    teacher = forward["encoder"] + decoded * forward["decoder"] + head
-    own = updated * forward["first"] if config.lambda_own else 0
-    held = R * forward["decoder"] if config.lambda_hold else 0
-    if phase == 1:
-        return 3 * config.batch_size * teacher, 3 * (chain["encoder"] + chain["decoder"])
-    return (3 * config.batch_size * (teacher + held + own + updated * forward["updater"] + S * forward["readout"]),
-            3 * (chain["encoder"] + max(chain["decoder"], chain["readout"],
-                                        config.unroll * chain["updater"] + bool(config.lambda_own or config.lambda_hold) * chain["decoder"])))
+    once = forward["encoder"] + head + S * (forward["decoder"] + forward["updater"] + forward["readout"])
+    return 3 * config.batch_size * once, 3 * (chain["encoder"] + max(chain["decoder"], chain["updater"], chain["readout"]))
 
 
-def dmt_flops(config, model_config, networks, vocab_size, T, begins, h, pairs):
-    """FLOPs and sequential FLOPs of an iteration of train_dmt.py: roll-outs of h tokens from begins (n,) on, and the pairs of
-    choose_pairs."""
-    n, labelled, unroll = len(begins), sum(runs.numel() for runs, _ in pairs), pairs[0][0].shape[1]     # as many are read out
-    starts = 0 if config.persistent else int((begins > 0).sum())                    # streams go on from their own memories
-    forward = forward_flops(model_config, vocab_size, T, n * labelled + starts)
+def dmt_flops(config, model_config, networks, vocab_size, T, n, h, R):
+    """FLOPs and sequential FLOPs of an iteration of train_dmt.py: n roll-outs of h tokens in each row, R labelled steps in each."""
+    forward = forward_flops(model_config, vocab_size, T, n * (R + 1))
     chain = {name: chain_flops(network) for name, network in networks.items()}
-    own, hold = bool(config.lambda_own), bool(config.lambda_hold)
-    return (config.batch_size * (forward["encoder"] + n * h * forward["updater"]
-                                 + 3 * n * labelled * (forward["updater"] + forward["readout"] + own * forward["first"])
-                                 + 3 * n * hold * labelled // unroll * forward["decoder"]),
-            h * chain["updater"] + chain["encoder"]
-            + 3 * len(pairs) * max(unroll * chain["updater"] + (own or hold) * chain["decoder"], chain["readout"]))
+    return (config.batch_size * (forward["encoder"] + n * h * forward["updater"] + 3 * n * R * (forward["updater"] + forward["readout"])),
+            h * chain["updater"] + chain["encoder"] + 3 * max(chain["updater"], chain["readout"]))
 
 
 def bptt_flops(config, model_config, networks, vocab_size, T):

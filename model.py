@@ -38,22 +38,19 @@ class ModelConfig:
     n_heads: int = 4                # attention heads
     memory_tokens: int = 4          # memory tokens K
     encoder_layers: int = 2         # layers of the encoder
-    register_layers: int = 1        # causal encoder: the last layers, in which the registers take part
-    decoder_layers: int = 1         # layers of the decoder
+    decoder_layers: int = 1         # layers of the decoder, and of the readout
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
-    identity: bool = True           # the updater (transformer, mlp) begins as the identity, mostly closed; false: with random weights
-    readout_layers: int = 1         # layers of the readout
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
     context_len: int = 256          # tokens of past that the window encoder reads (Tc); causal: that each of its layers looks back on
     future_len: int = 16            # targets that the decoder predicts (Tf)
 
     def __post_init__(self):
-        for name in ("d_model n_heads memory_tokens encoder_layers decoder_layers updater_layers readout_layers "
-                     "register_layers conv_width context_len future_len").split():
+        for name in ("d_model n_heads memory_tokens encoder_layers decoder_layers updater_layers "
+                     "conv_width context_len future_len").split():
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1")
-        if self.register_layers > self.encoder_layers:
-            raise UsageError(f"--register_layers={self.register_layers} is more than --encoder_layers={self.encoder_layers}")
+        if self.encoder == "causal" and self.memory_tokens < 2:
+            raise UsageError("--encoder=causal needs --memory_tokens of at least 2: one slot and the present")
         if self.d_model % (2 * self.n_heads):
             raise UsageError(f"--d_model={self.d_model} must be a multiple of 2 x n_heads = {2 * self.n_heads}")
         for name, kinds in (("encoder", ("window", "causal")), ("updater", ("transformer", "mlp", "gru"))):
@@ -158,11 +155,11 @@ class Transformer(nn.Module):
         self.register_buffer("turns", rope(torch.arange(length), self.head_dim), persistent=False)
         self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, gain) for _ in range(n_layers))
 
-    def forward(self, h, attend, kept=slice(None), positions=None, layers=slice(None)):
-        """positions (n,): 0..n-1 unless given. layers: the blocks to run, a slice; the last of them computes `kept` alone, from all."""
+    def forward(self, h, attend, kept=slice(None), positions=None):
+        """positions (n,): 0..n-1 unless given. The last block computes the tokens `kept` alone, from all."""
         turns = self.turns[:h.shape[1]] if positions is None else rope(positions, self.head_dim)
-        for i, block in enumerate(blocks := self.blocks[layers]):
-            h = block(h, turns, attend, kept if i + 1 == len(blocks) else slice(None))
+        for i, block in enumerate(self.blocks, 1):
+            h = block(h, turns, attend, kept if i == len(self.blocks) else slice(None))
         return h
 
 
@@ -174,124 +171,91 @@ def normalise(memory):
 # ---------------------------------------------------------------------------------------------------------------------
 # The four networks
 
-GROUPS_PER_CALL = 16   # groups of registers that share an attention call of the causal encoder
-
-
 class Encoder(nn.Module):
-    """E_phi: the memories after reading x up to each of S positions.
+    """E_phi of the paper: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each t.
 
-    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone.
-    window: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each position:
-        no mask, one shape for a short past and for a sliding window. m_empty = E([PAD] * Tc).
-    causal: a causal trunk over [PAD, x_0 .. x_{T-1}], whose tokens attend to themselves and the Tc before, and for each position a
-        group of K registers that attend, in the last register_layers layers, to the trunk's last Tc up to t and to their own group. The
-        last register begins with what the trunk is at t; the others ask the same at each t, and change slowly. All S memories from
-        one pass.
+    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone. No mask, one shape for a short
+    past and for a sliding window. m_empty = E([PAD] * Tc).
     """
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.kind, self.pad, self.context_len = config.encoder, vocab_size, config.context_len
-        self.trunk_layers = config.encoder_layers - config.register_layers
+        self.pad, self.context_len = vocab_size, config.context_len
         self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.registers = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
-        if self.kind == "causal":
-            self.now = nn.Sequential(nn.RMSNorm(config.d_model), nn.Linear(config.d_model, config.d_model, bias=False))
         self.transformer = Transformer(config, config.encoder_layers, config.context_len + config.memory_tokens)
 
-    def forward(self, x, t, trunk=None):
-        """trunk: that of x, if it is known already."""
-        if self.kind == "window":
-            return self.window(x, t)
-        return self.remember(self.trunk(x) if trunk is None else trunk, t)
-
-    def window(self, x, t):
-        """The memories at t, each from a window of its own."""
+    def forward(self, x, t):
         (B, _), S, (K, d) = x.shape, len(t), self.registers.shape
         padded = F.pad(x, (self.context_len, 0), value=self.pad)
         contexts = padded.unfold(1, self.context_len, 1)[:, t + 1].flatten(0, 1)      # (B S, Tc), the last one is x_t
         h = torch.cat([self.embed(contexts), self.registers.expand(B * S, K, d)], dim=1)
         return normalise(self.transformer(h, attend_to_all, slice(-K, None))).view(B, S, K, d)
 
+
+class CausalEncoder(nn.Module):
+    """E_phi of ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), as Encoder.
+
+    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], has a state h_j after each token. K - 1 memory tokens are slots:
+    slot k is a gated average of the embeddings e_j, which the decoder reads as its own tokens; the last memory token is the present.
+
+        g_j = sigmoid(w_k . h_j + b_k),    m_k(t) = normalise(sum_{j <= t} g_j prod_{j < i <= t} (1 - g_i) e_j),    m_K(t) = normalise(e_t + W h_t)
+
+    A slot is Markov, as f must be: before the normalisation it is (1 - g_t) m_k(t-1) + g_t e_t. An open gate writes, a closed one holds.
+    """
+
+    def __init__(self, config, vocab_size):
+        super().__init__()
+        d, slots = config.d_model, config.memory_tokens - 1
+        self.pad, self.context_len = vocab_size, config.context_len
+        self.embed = Stem(vocab_size + 1, d, config.conv_width)
+        self.transformer = Transformer(config, config.encoder_layers, config.context_len + config.memory_tokens)
+        self.gate, self.present = nn.Linear(d, slots), nn.Linear(d, d, bias=False)
+        self.gate.bias.data = -torch.linspace(2, 5, slots)      # the slots begin as averages over the last 7 to 150 tokens
+
     def trunk(self, x):
-        """The causal trunk up to where the registers join it: x (B, T) -> (B, T+1, d), at place 0 nothing and at i+1 x_{<=i}."""
-        h = self.embed(F.pad(x, (1, 0), value=self.pad))
-        positions = torch.arange(h.shape[1], device=h.device)
-        return self.transformer(h, self.attend_in_trunk, positions=positions, layers=slice(self.trunk_layers))
+        """x (B, T) -> embeddings e and states h, (B, T+1, d) each: at place 0 of PAD, at place j+1 after x_{<=j}."""
+        e = self.embed(F.pad(x, (1, 0), value=self.pad))
+        positions = torch.arange(e.shape[1], device=e.device)
+        return e, self.transformer(e, lambda q, k, v: attend_to_last(q, k, v, self.context_len + 1), positions=positions)
 
-    def attend_in_trunk(self, q, k, v):
-        """Each token to itself and to the Tc before it: in a row of Tc to all, without a mask."""
-        return attend_to_last(q, k, v, self.context_len + 1)
-
-    def remember(self, trunk, t):
-        """The memories at t, from the trunk (B, T+1, d)."""
-        order = t.argsort()                     # rising: what a part does not see of the trunk is then at its end
-        t = t[order]
-        (B, n, d), S, K, device = trunk.shape, len(t), len(self.registers), trunk.device
-        at, last = torch.arange(n, device=device), (t + 1).repeat_interleave(K).to(device)     # last: the trunk's place of x_t
-        sees_trunk = (at <= last[:, None]) & (at > last[:, None] - self.context_len)           # (S K, n)
-        group = torch.arange(min(S, GROUPS_PER_CALL), device=device).repeat_interleave(K)
-        own = group[:, None] == group                                                          # of registers in the same part
-        fixed = t.device.type != "cpu" or torch.compiler.is_compiling()         # a new shape would cost more than it saves
-        parts = []                              # the registers in parts, whose keys would be of no use to the others:
-        for i in range(0, S, GROUPS_PER_CALL):
-            which = slice(i * K, min(i + GROUPS_PER_CALL, S) * K)
-            end = n if fixed else int(t[i:i + GROUPS_PER_CALL].max()) + 2       # no trunk place from here on is seen
-            size = which.stop - which.start
-            parts.append((which, end, torch.cat([sees_trunk[which, :end], own[:size, :size]], dim=1)))
-
-        def attend(q, k, v):
-            """The trunk to its own past, if it is asked for; the registers part by part, to the trunk and to their own group."""
-            (k_trunk, k_registers), (v_trunk, v_registers) = k.split([n, S * K], dim=2), v.split([n, S * K], dim=2)
-            q_trunk, q_registers = q.split([q.shape[2] - S * K, S * K], dim=2)
-            mixed = [self.attend_in_trunk(q_trunk, k_trunk, v_trunk)] if q_trunk.shape[2] else []
-            for which, end, mask in parts:
-                keys = torch.cat([k_trunk[:, :, :end], k_registers[:, :, which]], dim=2)
-                values = torch.cat([v_trunk[:, :, :end], v_registers[:, :, which]], dim=2)
-                mixed.append(F.scaled_dot_product_attention(q_registers[:, :, which], keys, values, attn_mask=mask))
-            return torch.cat(mixed, dim=2)
-
-        positions = torch.cat([at, last + 1 + torch.arange(K, device=device).repeat(S)])
-        now = self.now(trunk[:, (t + 1).to(device)])                                           # (B, S, d)
-        registers = self.registers + F.pad(now[:, :, None], (0, 0, K - 1, 0))                  # (B, S, K, d)
-        h = torch.cat([trunk, registers.flatten(1, 2)], dim=1)
-        h = self.transformer(h, attend, slice(n, None), positions, slice(self.trunk_layers, None))
-        return normalise(h).view(B, S, K, d)[:, order.argsort()]
-
-    def initial_memory(self):
-        """m_empty (K, d): the memory before anything was read."""
-        nothing = torch.empty(1, 0, dtype=torch.long, device=self.registers.device)
-        return self(nothing, torch.tensor([-1], device=nothing.device))[0, 0]
+    def forward(self, x, t, trunk=None):
+        """trunk: that of x, if it is known already."""
+        e, h = self.trunk(x) if trunk is None else trunk
+        h = normalise(h)
+        end = (t + 1).to(h.device)                                                      # the place of x_t
+        gate = at_least_float32(self.gate(h)).transpose(1, 2)                           # (B, K-1, T+1)
+        log_write, log_hold = F.logsigmoid(gate), F.logsigmoid(-gate)
+        held = log_hold.cumsum(2)                                                       # log prod_{i <= j} (1 - g_i)
+        log_weight = held[:, :, end, None] + (log_write - held)[:, :, None]             # (B, K-1, S, T+1)
+        past = torch.arange(h.shape[1], device=h.device) <= end[:, None]                # (S, T+1)
+        slots = log_weight.masked_fill(~past, -torch.inf).exp().type_as(e) @ e[:, None]          # (B, K-1, S, d)
+        return normalise(torch.cat([slots.transpose(1, 2), (e[:, end] + self.present(h[:, end]))[:, :, None]], dim=2))
 
 
 class Decoder(nn.Module):
     """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. memory (B, K, d), x (B, Tf-1) -> logits (B, Tf, V).
 
-    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}. With a causal encoder the memory is
-    also added to each token (`recall`), which finds what it holds sooner than attention does. Without a memory it is the
-    causal Transformer that train_transformer.py trains: `read`.
+    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}. Without a memory it is the causal Transformer
+    that train_transformer.py trains: `read`.
     """
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.context_len = config.context_len
+        self.pad, self.context_len, self.future_len = vocab_size, config.context_len, config.future_len
         self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens + config.future_len - 1)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
-        recalls = config.encoder == "causal" and config.future_len > 1      # without tokens there is nothing to add it to
-        self.recall = nn.Linear(config.memory_tokens * config.d_model, config.d_model, bias=False) if recalls else None
 
     def forward(self, memory, x):
-        n, tokens = x.shape[1], self.embed(x)
-        if self.recall is not None and n > 0:
-            tokens = tokens + self.recall(memory.flatten(1))[:, None]
-        h = self.transformer(torch.cat([memory, tokens], dim=1), attend_to_past, slice(None) if n else slice(-1, None))
+        n = x.shape[1]
+        h = self.transformer(torch.cat([memory, self.embed(x)], dim=1), attend_to_past, slice(None) if n else slice(-1, None))
         return self.predict(h[:, -n - 1:])
 
     def start_from(self, encoder):
         """Take over the embedding and the layers of a causal encoder's trunk: a language model, which lacks only the past."""
         self.embed.load_state_dict(encoder.embed.state_dict())
-        for block, trunk_block in zip(self.transformer.blocks, encoder.transformer.blocks[:encoder.trunk_layers]):
+        for block, trunk_block in zip(self.transformer.blocks, encoder.transformer.blocks):
             block.load_state_dict(trunk_block.state_dict())
 
     def predict(self, h):
@@ -332,19 +296,18 @@ class Updater(nn.Module):
         d, size = config.d_model, config.d_model * config.memory_tokens
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
-            self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0 if config.identity else 1.0)
+            self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 2 * size), nn.GELU(),
                                                       nn.Linear(2 * size, size)) for _ in range(config.updater_layers))
-            for layer in self.layers if config.identity else ():
+            for layer in self.layers:
                 nn.init.zeros_(layer[-1].weight)
                 nn.init.zeros_(layer[-1].bias)
         else:
             self.cell = nn.GRUCell(d, size)
         if self.kind != "gru":
             self.gate = nn.Linear(d, 1)
-            if config.identity:
-                nn.init.constant_(self.gate.bias, -1.0)     # mostly closed: what is held for long must hardly change in a step
+            nn.init.constant_(self.gate.bias, -1.0)         # mostly closed: what is held for long must hardly change in a step
 
     def forward(self, memory, x):
         token = self.embed(x)
@@ -366,14 +329,14 @@ class Readout(nn.Module):
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.transformer = Transformer(config, config.readout_layers, config.memory_tokens)
+        self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, memory):
         return self.head(self.norm(self.transformer(memory, attend_to_past, slice(-1, None))[:, -1]))
 
     def start_from(self, decoder):
-        """Take over the decoder's layers and head: with as many layers it then predicts what the decoder does from the memory alone."""
+        """Take over the decoder's layers and head: it then predicts what the decoder does from the memory alone."""
         for block, theirs in zip(self.transformer.blocks, decoder.transformer.blocks):
             block.load_state_dict(theirs.state_dict())
         self.norm.load_state_dict(decoder.norm.state_dict())
@@ -382,21 +345,6 @@ class Readout(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked of a memory
-
-def squared_error(memory, goal, real, relative_to=None):
-    """Squared error of predicted memories against the encoder's, (.., K, d) each: its mean over a memory, summed over the real
-    transitions (..).
-
-    relative_to (.., K, d): the memories f began with. The error of memory token k is then divided by the mean square of
-    goal - relative_to of token k in this batch: 1 is to have done nothing. A token that changes once in a hundred steps then counts
-    as much as one that always does.
-    """
-    error = (memory - goal).square().mean(-1) * real[..., None]                 # (.., K)
-    if relative_to is not None:
-        moved = (goal - relative_to).detach().square().mean(-1) * real[..., None]   # a constant: to move more is not to err less
-        error = error / (moved.flatten(0, -2).sum(0) / real.sum().clamp(min=1)).clamp(min=1e-4)
-    return error.mean(-1).sum()
-
 
 PARTS = 3              # of a batch of futures, by their length
 READOUTS = 32768       # memories in a call of the readout: CUDA's attention kernels refuse a batch of 65536
@@ -416,26 +364,28 @@ def parts_of(y):
     return [(rows, min(m, max(2, int(lengths[rows[-1]])))) for rows in order.chunk(PARTS if m > 1 else 1)]
 
 
-def decoder_loss(networks, memories, x, y, t, count, future_len):
-    """L_dec = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at positions t (S,), from m_t (B, S, K, d).
-
-    These rows' share of the mean over the global batch, which has `count` such targets.
-    """
-    future_x, future_y = (some.flatten(0, 1) for some in futures(x, y, t, future_len, networks["encoder"].pad))
-    memories, losses = memories.flatten(0, 1), []
+def decoder_loss(networks, memories, x, y, t, future_len):
+    """Sum of CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) over rows x, y (B, T) and positions t (S,), from m_t (B, S, K, d)."""
+    future_x, future_y = (part.flatten(0, 1) for part in futures(x, y, t, future_len, networks["decoder"].pad))
+    memories, loss = memories.flatten(0, 1), 0
     for rows, length in parts_of(future_y):
         logits = networks["decoder"](memories[rows], future_x[rows, :length - 1])           # (rows, length, V)
-        losses.append(cross_entropy(logits, future_y[rows, :length]))
-    return sum(losses) / count.clamp(min=1)
+        loss = loss + cross_entropy(logits, future_y[rows, :length])
+    return loss
 
 
-def readout_loss(networks, memories, y, count):
-    """L_read = CE(g(m_t), y_t) from m_t (B, S, K, d) at the targets y (B, S): their share of the mean over `count`, as above."""
-    memories, y, losses = memories.flatten(0, 1), y.reshape(-1, 1), []
+def readout_loss(networks, memories, y):
+    """Sum of CE(g(m_t), y_t) from m_t (B, S, K, d) at the targets y (B, S)."""
+    memories, y, loss = memories.flatten(0, 1), y.reshape(-1, 1), 0
     for rows, _ in parts_of(y):
-        for some, targets in zip(memories[rows].split(READOUTS), y[rows].split(READOUTS)):
-            losses.append(cross_entropy(networks["readout"](some), targets))
-    return sum(losses) / count.clamp(min=1)
+        for part, targets in zip(memories[rows].split(READOUTS), y[rows].split(READOUTS)):
+            loss = loss + cross_entropy(networks["readout"](part), targets)
+    return loss
+
+
+def squared_error(predicted, memories, real):
+    """Sum over the real transitions (..) of the mean squared error of predicted memories against the encoder's, (.., K, d) each."""
+    return ((predicted - memories).square().mean((-2, -1)) * real).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -463,7 +413,14 @@ def roll_out_without_gradients(updater, memory, x):
     return torch.cat(memories, dim=1)
 
 
-NETWORKS = {"encoder": Encoder, "decoder": Decoder, "updater": Updater, "readout": Readout}
+NETWORKS = {"encoder": lambda config, V: (CausalEncoder if config.encoder == "causal" else Encoder)(config, V),
+            "decoder": Decoder, "updater": Updater, "readout": Readout}
+
+
+def empty_memory(encoder):
+    """m_empty (K, d): the memory before anything was read."""
+    device = next(encoder.parameters()).device
+    return encoder(torch.empty(1, 0, dtype=torch.long, device=device), torch.tensor([-1], device=device))[0, 0]
 
 
 def build(config, vocab_size, names=tuple(NETWORKS)):

@@ -91,12 +91,15 @@ def flags_of(run, root, scale):
     if run.best_of:
         best = min(run.best_of, key=lambda other: evaluations(other, root)[-1]["val_rnn_loss"])
         flags.append(f"--lr={resolve(best.stage, flags_of(best, root, scale))['lr']:g}")
-    steps = resolve(run.stage, tuple(flags))["max_iters"]
+    settings = resolve(run.stage, tuple(flags))
+    steps = settings["max_iters"]
     if run.equal:
         amount = sum(log_of(other, root)[-1][run.equal] for other in run.to)
         steps = steps_for(amount, [(line["step"], line[run.equal]) for line in log_of(run.probe, root)])
     elif scale != 1:
         steps = max(min(steps, LEAST_STEPS), round(scale * steps))
+        if settings.get("trunk_iters"):         # the trunk's phase keeps its share
+            flags.append(f"--trunk_iters={round(scale * settings['trunk_iters'])}")
     return *flags, f"--max_iters={steps}", f"--eval_interval={math.ceil(steps / EVALUATIONS)}"
 
 

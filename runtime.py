@@ -76,11 +76,12 @@ class RunConfig:
     compile: bool | None = None  # torch.compile the training step; unset: on CUDA only
     init_from: str = ""         # checkpoint (file or folder of a run) whose weights to start from
     resume: bool = False        # continue the run in out_dir: with the same flags, bit for bit
-    max_iters: int = 1000       # optimiser steps; of DMT iterations, each of --updates optimiser steps
+    max_iters: int = 1000       # optimiser steps
     batch_size: int = 32        # rows per step, over all processes
-    grad_accum: int = 1         # micro-batches per step and process; saves memory, and what is relative to a batch is so to one of them
+    grad_accum: int = 1         # micro-batches per step and process; saves memory
+    optimizer: str = "adamw"    # adamw, or muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    lr_decay: str = "cosine"    # after the warm-up (SMT: after its first phases): constant, or cosine down to a tenth
+    lr_decay: str = "cosine"    # after the warm-up (SMT: after the trunk's phase): constant, or cosine down to a tenth
     warmup: float = 0.01        # share of the steps over which the learning rate rises
     weight_decay: float = 0.01  # of what has two dimensions; gains, biases and embeddings are not decayed
     grad_clip: float = 1.0      # greatest norm of the gradient; 0: no clipping
@@ -95,8 +96,9 @@ class RunConfig:
             raise UsageError(f"--{name} must be at least 1")
         if not self.lr > 0:
             raise UsageError("--lr must be above 0")
-        if self.lr_decay not in ("constant", "cosine"):
-            raise UsageError(f"--lr_decay is constant or cosine, not {self.lr_decay!r}")
+        for name, kinds in (("lr_decay", ("constant", "cosine")), ("optimizer", ("adamw", "muon"))):
+            if getattr(self, name) not in kinds:
+                raise UsageError(f"--{name} is {' or '.join(kinds)}, not {getattr(self, name)!r}")
         if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0 or not self.grad_clip >= 0:
             raise UsageError("--warmup is a share from 0 to 1; --weight_decay and --grad_clip are not negative")
 
@@ -354,11 +356,11 @@ def start(config, stage):
     return run
 
 
-def begin(run, config, data, networks, optimizer, phases=lambda config: ()):
+def begin(run, config, data, networks, optimizers, fixed=()):
     """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns the first step.
 
-    --resume also restores the optimiser and what was spent, and drops the log lines that will be written again. phases(config): the
-    steps at which phases end; UsageError for --resume where one that is over would have ended elsewhere.
+    --resume also restores the optimisers and what was spent, and drops the log lines that will be written again. UsageError for
+    --resume where one of the flags `fixed` has changed.
     """
     step, kept, told = 0, [], dataclasses.asdict(config)
     log = run.out_dir / "metrics.jsonl"
@@ -367,29 +369,28 @@ def begin(run, config, data, networks, optimizer, phases=lambda config: ()):
         check_data(checkpoint, data)
         check_architecture(checkpoint, config, checkpoint["model_config"], run.checkpoint_path)
         load_weights(networks, checkpoint["model"], run.checkpoint_path)
-        decays = [group["weight_decay"] for group in optimizer.param_groups]
         try:
-            optimizer.load_state_dict(checkpoint["optimizer"])      # it brings the decay of before, too
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                decays = [group["weight_decay"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(state)            # it brings the decay of before, too
+                for group, decay in zip(optimizer.param_groups, decays):
+                    group["weight_decay"] = decay
         except (KeyError, ValueError):
-            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}: its optimiser does not fit") from None
-        for group, decay in zip(optimizer.param_groups, decays):
-            group["weight_decay"] = decay
+            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}, or --optimizer: its optimiser does not fit") from None
         step, run.spent = checkpoint["step"], checkpoint["spent"]
         if step > config.max_iters:
             raise UsageError(f"--resume: the run is at step {step} already, beyond --max_iters={config.max_iters}")
-        ends, ends_now = phases(types.SimpleNamespace(**told | checkpoint["config"])), phases(config)
-        if [min(end, step) for end in ends] != [min(end, step) for end in ends_now]:
-            raise UsageError(f"--resume: the first phases of the run end at steps {ends}, with these flags they would end at {ends_now}")
+        changed = {name: f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in told.items()
+                   if name != "resume" and checkpoint["config"].get(name) != value}
+        for name in changed.keys() & set(fixed):
+            raise UsageError(f"--resume goes on with the same --{name}: {changed[name]}")
         run.since = {"step": step, **run.spent}
         kept = [line for line in read_log(log) if line["step"] < step or line["step"] == step and "train_loss" in line]  # it evaluates anew
-        changed = [f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in told.items()
-                   if name != "resume" and checkpoint["config"].get(name) != value]
-        run.print("; ".join([f"resumed at step {step}", *changed]))
+        run.print("; ".join([f"resumed at step {step}", *changed.values()]))
     elif config.init_from:
         checkpoint = load(config.init_from, run.device)
         check_data(checkpoint, data)
-        no_shape_shows = ["n_heads"] + ["register_layers"] * ("encoder" in networks)
-        check_architecture(checkpoint, config, no_shape_shows, config.init_from)
+        check_architecture(checkpoint, config, ["n_heads"], config.init_from)       # no shape shows it
         load_weights(networks, {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, config.init_from)
     if run.is_main:
         try:
@@ -531,16 +532,24 @@ def micro_step(module, last):
     return nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
-def adamw(networks, config):
-    """Fused AdamW (0.9, 0.95); what has two dimensions is decayed, but for embeddings."""
+def optimizers(networks, config):
+    """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW of the others.
+
+    Hidden matrices are the weights of nn.Linear but for heads and gates, which answer with logits. They are decayed, as heads and
+    gates are. Muon (Jordan et al. 2024) orthogonalises each step, and has AdamW's learning rate: its steps are scaled to AdamW's size.
+    """
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
-    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
-    ids = {id(p) for p in decayed}
-    groups = [{"params": decayed, "weight_decay": config.weight_decay},
-              {"params": [p for p in parameters if id(p) not in ids], "weight_decay": 0.0}]
+    hidden = {id(m.weight) for name, m in networks.named_modules()
+              if isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")} if config.optimizer == "muon" else set()
+    rest = [p for p in parameters if id(p) not in hidden]
+    decays = [config.weight_decay if p.dim() >= 2 and id(p) not in embeddings else 0.0 for p in rest]
+    groups = [{"params": [p for p, own in zip(rest, decays) if own == decay], "weight_decay": decay} for decay in dict.fromkeys(decays)]
     fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)
+    found = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
+    if matrices := [p for p in parameters if id(p) in hidden]:
+        found.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def learning_rate(step, config, decay_from=0):
@@ -555,14 +564,15 @@ def learning_rate(step, config, decay_from=0):
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def optimizer_step(optimizer, lr, grad_clip):
+def optimizer_step(optimizers, lr, grad_clip):
     """Clip, step, forget the gradients; returns their norm before clipping, a tensor: nothing is synchronised."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    for group in optimizer.param_groups:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], grad_clip or math.inf)
+    for group in groups:
         group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return norm
 
 
@@ -583,7 +593,7 @@ def write_atomically(path, write):
             temporary.unlink()
 
 
-def save(run, stage, step, numbers, config, data, networks, optimizer, **content):
+def save(run, stage, step, numbers, config, data, networks, optimizers, **content):
     """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True can load it.
 
     Then log the numbers of its evaluation: what the log has an evaluation of is saved. DataError if their loss or a weight is
@@ -594,7 +604,7 @@ def save(run, stage, step, numbers, config, data, networks, optimizer, **content
     if not all(bool(p.isfinite().all()) for p in networks.parameters()):
         raise DataError(f"a weight became infinite or NaN before step {step}; the last checkpoint stays as it was")
     content |= dict(stage=stage, step=step, spent=run.spent, config=dataclasses.asdict(config), data=data.meta,
-                    model=networks.state_dict(), optimizer=optimizer.state_dict())
+                    model=networks.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if run.is_main:
         write_atomically(run.checkpoint_path, lambda path: torch.save(content, path))
     run.log_evaluation(step, numbers)
@@ -611,7 +621,7 @@ def load(path, map_location="cpu"):
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
         raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
     if not (isinstance(checkpoint, dict) and {"stage", "step", "config", "data", "model", "model_config", "initial_memory", "spent",
-                                              "optimizer"} <= checkpoint.keys()
+                                              "optimizers"} <= checkpoint.keys()
             and isinstance(checkpoint["data"], dict) and {"name", "kind", "vocab_size"} <= checkpoint["data"].keys()):
         raise DataError(f"{path} is not a checkpoint of this project")
     return checkpoint

@@ -23,14 +23,13 @@ from runtime import RunConfig, UsageError
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """What train_bptt.py can be told, beside what all train scripts can."""
+    """Flags of train_bptt.py, on top of the shared ones."""
     updater: str = "transformer"    # the RNN's transition: transformer, mlp or gru
     d_model: int = 64               # width d of tokens and memory tokens
     n_heads: int = 4                # attention heads
     memory_tokens: int = 4          # memory tokens K
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
-    identity: bool = True           # the updater (transformer, mlp) begins as the identity, mostly closed; false: with random weights
-    readout_layers: int = 1         # layers of the readout
+    decoder_layers: int = 1         # layers of the readout
     context_len: int = 256          # tokens of a row of text, unless --seq_len says
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
     truncate: int = 0               # tokens after which the gradient through time is cut; 0: never
@@ -45,17 +44,17 @@ class Config(RunConfig):
 
 def model_config(config):
     """The ModelConfig of the stage's config; what it says of an encoder and a decoder, which are not there, does not matter."""
-    sizes = "updater d_model n_heads memory_tokens updater_layers identity readout_layers context_len".split()
+    sizes = "updater d_model n_heads memory_tokens updater_layers decoder_layers context_len".split()
     return ModelConfig(**{name: getattr(config, name) for name in sizes})
 
 
 PRESETS = {
-    "tiny": dict(updater="mlp", d_model=64, n_heads=4, memory_tokens=8, updater_layers=1, readout_layers=2, context_len=220,
+    "tiny": dict(updater="mlp", d_model=64, n_heads=4, memory_tokens=8, updater_layers=1, decoder_layers=2, context_len=220,
                  p_start=0.9, batch_size=16, max_iters=400, lr=2e-3, eval_interval=100),
     **{f"tiny/{name}": dict(context_len=128, seq_len=256, p_start=0.5) for name in ("tinystories", "text")},
-    "small": dict(updater="mlp", d_model=128, n_heads=4, memory_tokens=8, updater_layers=1, readout_layers=3, context_len=256,
+    "small": dict(updater="mlp", d_model=128, n_heads=4, memory_tokens=8, updater_layers=1, decoder_layers=3, context_len=256,
                   batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
-    "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, readout_layers=4, context_len=256,
+    "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4, context_len=256,
                   batch_size=128, max_iters=150_000, lr=3e-4, lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
 SYNTHETIC = dict(memory_tokens=4, batch_size=64, max_iters=1000, lr=1e-3)
@@ -87,7 +86,7 @@ def bptt_loss(networks, x, y, count, truncate=0):
     """
     start = normalise(networks.initial_memory).expand(len(x), -1, -1)
     memories = unroll(networks["updater"], start, x, truncate)
-    loss = readout_loss(networks, memories, y, count)           # of all steps at once: only the updater is sequential
+    loss = readout_loss(networks, memories, y) / count.clamp(min=1)     # of all steps at once: only the updater is sequential
     return loss, dict(train_loss=loss)
 
 
@@ -104,9 +103,9 @@ def main():
     networks = build(model_config(config), data.vocab_size, ("updater", "readout"))
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
-    optimizer = runtime.adamw(networks, config)
+    optimizers = runtime.optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, compiled_parts(run.device))
-    first_step = runtime.begin(run, config, data, networks, optimizer)
+    first_step = runtime.begin(run, config, data, networks, optimizers)
     run.print(parameter_counts(networks))
     flops, sequential_flops = bptt_flops(config, model_config(config), networks, data.vocab_size, T)
 
@@ -117,7 +116,7 @@ def main():
             with run.evaluating():
                 initial_memory = normalise(networks.initial_memory)
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-                runtime.save(run, "bptt", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
+                runtime.save(run, "bptt", step, numbers, config, data, networks, optimizers, model_config=asdict(model_config(config)),
                              initial_memory=initial_memory)
         if last:
             break
@@ -131,7 +130,7 @@ def main():
                 (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
         lr = runtime.learning_rate(step, config)
-        grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
+        grad_norm = runtime.optimizer_step(optimizers, lr, config.grad_clip)
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 

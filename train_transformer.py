@@ -24,7 +24,7 @@ from runtime import RunConfig, UsageError
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """What train_transformer.py can be told, beside what all train scripts can."""
+    """Flags of train_transformer.py, on top of the shared ones."""
     d_model: int = 64               # width d of tokens
     n_heads: int = 4                # attention heads
     decoder_layers: int = 3         # layers
@@ -78,9 +78,9 @@ def main():
 
     networks = build(model_config(config), data.vocab_size, ("decoder",)).to(run.device)
     no_memory = torch.empty(0, config.d_model, device=run.device)
-    optimizer = runtime.adamw(networks, config)
+    optimizers = runtime.optimizers(networks, config)
     module = runtime.distribute(networks, transformer_loss, run)
-    first_step = runtime.begin(run, config, data, networks, optimizer)
+    first_step = runtime.begin(run, config, data, networks, optimizers)
     run.print(parameter_counts(networks))
     flops, sequential_flops = transformer_flops(config, networks, data.vocab_size, T)
 
@@ -90,7 +90,7 @@ def main():
         if step % config.eval_interval == 0 or last:
             with run.evaluating():
                 numbers = evaluate(networks, no_memory, val_x, val_y, data.meta)
-                runtime.save(run, "transformer", step, numbers, config, data, networks, optimizer, model_config=asdict(model_config(config)),
+                runtime.save(run, "transformer", step, numbers, config, data, networks, optimizers, model_config=asdict(model_config(config)),
                              initial_memory=no_memory)
         if last:
             break
@@ -104,7 +104,7 @@ def main():
                 (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
         lr = runtime.learning_rate(step, config)
-        grad_norm = runtime.optimizer_step(optimizer, lr, config.grad_clip)
+        grad_norm = runtime.optimizer_step(optimizers, lr, config.grad_clip)
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 

@@ -9,9 +9,10 @@ import torch
 from conftest import call, randomise
 
 import evaluate as evaluation
+import fables
 from data import IGNORE, Data, Split
-from evaluate import evaluate, measure, ngram_losses, ratio, standard_error
-from model import ModelConfig, build
+from evaluate import evaluate, fact_losses, measure, ngram_losses, ratio, standard_error
+from model import ModelConfig, build, empty_memory
 
 V, PAD = 5, 5
 
@@ -56,19 +57,78 @@ def reference(networks, empty, x, y):
                 taught.append(float(logits.argmax() == y[row, t]))
     return {"val_rnn_loss": sum(losses) / len(losses), "val_rnn_accuracy": sum(right) / len(right),
             "val_teacher_loss": sum(teacher) / len(teacher), "val_teacher_accuracy": sum(taught) / len(taught),
-            "val_drift": error / variance}
+            "val_drift": error / variance} | reference_held(networks, x, y)
+
+
+def reference_held(networks, x, y):
+    """The decoder from the memory of n tokens earlier and the tokens since, at the same targets for each n; and the trunk."""
+    losses, distances = {}, [0, 2]
+    for row in range(len(x)):
+        for t in [t for t in range(1, x.shape[1]) if (y[:, t] != IGNORE).any()]:
+            if y[row, t] == IGNORE:
+                continue
+            here = x[row:row + 1]
+            for n in distances:
+                memory = networks["encoder"](here, torch.tensor([t - n]))[:, 0]
+                logits = networks["decoder"](memory, here[:, t - n + 1:t + 1])[0, -1].float()
+                losses.setdefault(f"val_held_{n}", []).append(-logits.log_softmax(0)[y[row, t]].item())
+            if hasattr(networks["encoder"], "trunk"):
+                logits = networks["decoder"].predict(networks["encoder"].trunk(here[:, :t + 1])[1])[0, -1].float()
+                losses.setdefault("val_held_full", []).append(-logits.log_softmax(0)[y[row, t]].item())
+    return {name: sum(values) / len(values) for name, values in losses.items()}
 
 
 @pytest.mark.parametrize("encoder", ["window", "causal"])
 @pytest.mark.parametrize("rows", [2, 16])
-def test_numbers_equal_a_reference_on_documents_of_different_lengths(encoder, rows):
+def test_numbers_equal_a_reference_on_documents_of_different_lengths(encoder, rows, monkeypatch):
+    monkeypatch.setattr(evaluation, "DISTANCES", (0, 2, 3))                       # 3 is not below future_len
     networks, (x, y) = networks_for(encoder), documents()
-    empty = networks["encoder"].initial_memory().detach()
+    empty = empty_memory(networks["encoder"]).detach()
     numbers = evaluate(networks, empty, x, y, {}, rows=rows)
     expected = reference(networks, empty, x, y)
     assert numbers.keys() == expected.keys() and 0 < numbers["val_rnn_accuracy"] < 1
     for name, value in expected.items():
         assert numbers[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_held_losses_say_where_a_memory_does_not_hold_what_comes_back():
+    """The first token comes back at the end. One encoder writes it into the memory, the other forgets it at once; the decoder is the same:
+    it knows the token if its memory or its own tokens do."""
+    x = torch.randint(1, V, (64, 80))
+    x[:, 1:] = 0
+    y = torch.full_like(x, IGNORE)
+    y[:, -10:] = x[:, :1]
+
+    class Memory(torch.nn.Module):
+        pad = PAD
+
+        def __init__(self, holds):
+            super().__init__()
+            self.holds = holds
+
+        def forward(self, x, t):
+            known = x[:, :1] if self.holds else torch.where(t[None] == 0, x[:, :1], 0)
+            return torch.nn.functional.one_hot(known.expand(-1, len(t)), 8).float()[:, :, None]
+
+    class Reader(torch.nn.Module):
+        future_len = 65
+
+        def forward(self, memory, x):
+            known = memory[:, 0, :V] + torch.nn.functional.one_hot(x, V).sum(1)
+            return (100.0 * known[:, 1:] - 50)[:, None].expand(-1, x.shape[1] + 1, -1)
+
+    class Still(torch.nn.Module):
+        def forward(self, memory, x):
+            return memory
+
+    for holds in (True, False):
+        networks = networks_for()
+        networks["encoder"], networks["decoder"], networks["updater"] = Memory(holds), Reader(), Still()
+        networks["readout"] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, V))
+        numbers = evaluate(networks, torch.zeros(1, 8), x, y - 1 * (y != IGNORE), {})
+        for n in (0, 16, 64):
+            assert numbers[f"val_held_{n}"] < 1e-6 if holds else abs(numbers[f"val_held_{n}"] - math.log(V - 1)) < 1e-5, (holds, n)
+        assert "val_held_full" not in numbers
 
 
 def test_drift_is_0_for_the_encoders_own_memories_and_1_for_their_mean():
@@ -90,7 +150,7 @@ def test_positions_are_spread_over_those_with_targets():
     asked = (y != IGNORE).any(0).nonzero().flatten().tolist()
     seen = []
     networks["encoder"].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1].tolist()))
-    empty = networks["encoder"].initial_memory().detach()
+    empty = empty_memory(networks["encoder"]).detach()
     for most in (64, 3, 1):
         seen.clear()
         evaluate(networks, empty, x, y, {}, most_positions=most)
@@ -113,7 +173,7 @@ def test_a_network_without_encoder_is_judged_by_its_own_losses_only():
 
 def test_evaluating_touches_no_random_state_no_parameter_and_no_gradient():
     networks, (x, y) = networks_for(), documents()
-    empty = networks["encoder"].initial_memory().detach()
+    empty = empty_memory(networks["encoder"]).detach()
     before = {name: value.clone() for name, value in networks.state_dict().items()}
     state = torch.get_rng_state()
     first = evaluate(networks, empty, x, y, {})
@@ -124,7 +184,7 @@ def test_evaluating_touches_no_random_state_no_parameter_and_no_gradient():
 
 def test_numbers_are_finite_where_nothing_is_asked_or_all_memories_are_the_same():
     networks, (x, y) = networks_for(), documents()
-    empty = networks["encoder"].initial_memory().detach()
+    empty = empty_memory(networks["encoder"]).detach()
     numbers = evaluate(networks, empty, x, torch.full_like(y, IGNORE), {})
     assert numbers == {"val_rnn_loss": 0.0, "val_rnn_accuracy": 0.0}
     numbers = evaluate(networks, empty, x[:1], y[:1], {})                         # one document: no variance
@@ -152,7 +212,7 @@ def test_standard_error_is_how_much_the_ratio_varies_from_sample_to_sample():
 
 def test_errors_come_with_the_numbers_that_they_belong_to():
     networks, (x, y) = networks_for(), documents()
-    empty = networks["encoder"].initial_memory().detach()
+    empty = empty_memory(networks["encoder"]).detach()
     plain, both = evaluate(networks, empty, x, y, {}), evaluate(networks, empty, x, y, {}, errors=True)
     places = (y != IGNORE).any(0).nonzero().flatten()
     measured = measure(networks, empty, x, y, places)
@@ -187,11 +247,39 @@ def test_ngram_losses_equal_plain_counting():
     assert ngram_losses(Data({"vocab_size": V}, split, split), x, y, 4) == pytest.approx(expected, rel=1e-9)
 
 
-def test_command_line_prints_the_numbers_the_ngrams_and_how_often_the_hero_is_kept(data_dir, smt_run):
+def test_fact_losses_are_those_of_the_first_letter_read_from_a_memory_that_can_have_it():
+    networks, stories = randomise(build(ModelConfig(encoder="causal", d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, updater="mlp",
+                                                    context_len=50, future_len=61), 128)), fables.draw(np.random.default_rng(0), 6)
+    empty = empty_memory(networks["encoder"]).detach()
+    rows = [[0, *story.encode()] for story in stories]
+    x = torch.tensor([row + [128] * (255 - len(row)) for row in rows])
+    found, expected = fact_losses(networks, empty, x), {}
+    for row, story in zip(rows, stories):
+        row = torch.tensor([row])
+        for fact, (told, back) in fables.returns(story).items():
+            memory = empty[None]
+            for token in row[0, :back + 1]:
+                memory = networks["updater"](memory, token[None])
+            logits = {"rnn": networks["readout"](memory)[0]}
+            for n in (0, 12, 60):
+                if back - n >= told:                                              # character i is token i + 1
+                    label = networks["encoder"](row[:, :back - n + 1], torch.tensor([back - n]))[:, 0]
+                    logits[f"{n} back"] = networks["decoder"](label, row[:, back - n + 1:back + 1])[0, -1]
+            for column, values in logits.items():
+                loss = -values.float().log_softmax(0)[ord(story[back])].item()
+                expected.setdefault(fact, {}).setdefault(column, []).append(loss)
+    assert found.keys() == expected.keys() and {"hero", "friend", "thing", "home"} <= found.keys()
+    assert "60 back" in found["home"] and len(expected["friend"]["60 back"] if "60 back" in expected["friend"] else []) < len(expected["friend"]["0 back"])
+    for fact, columns in expected.items():
+        assert found[fact] == pytest.approx({column: sum(values) / len(values) for column, values in columns.items()}, rel=1e-4)
+
+
+def test_command_line_prints_the_numbers_the_ngrams_and_the_facts(data_dir, smt_run):
     flags = [f"--ckpt={smt_run('fables')}", f"--data_dir={data_dir}", "--eval_docs=4", "--num_samples=3", "--device=cpu"]
     result = call(evaluation, *flags, "--ngrams=2")
     assert result.status == 0
-    for words in ("val_rnn_loss", "val_teacher_loss", "val_gap_to_floor", "1-gram loss", "2-gram loss", "of 3 generated stories"):
+    for words in ("val_rnn_loss", "val_teacher_loss", "val_gap_to_floor", "1-gram loss", "2-gram loss", "of 3 generated stories",
+                  "kept", "0 back", "rnn", "hero", "friend", "thing", "home"):
         assert words in result.out
 
 

@@ -206,23 +206,35 @@ def test_text_that_the_grammar_cannot_make_has_no_probability(damage):
     assert fables.facts(story) is None
 
 
-def test_hero_is_kept_in_every_story_and_lost_when_the_last_name_changes():
-    for story in stories(500, seed=2):
-        hero = fables.facts(story)["hero"]
-        start, end = story.rsplit(hero, 1)
-        other = "Mila" if hero != "Mila" else "Tom"
-        assert fables.hero_kept(story)
-        assert not fables.hero_kept(start + other + end)
-        assert not fables.hero_kept(start + fables.facts(story)["friend"] + end)
-        assert not fables.hero_kept(start + "it" + end)
+def word_of(fact, facts):
+    """What the last sentence calls a fact: the animal by its den."""
+    return next(iter(GRAMMAR["den"].table[facts["animal"]])) if fact == "animal" else facts[fact]
 
 
-def test_hero_kept_takes_any_text():
-    assert fables.hero_kept("A shy fix, little Mila, livd. Thn it fell. At lst Mila slept.")
-    for text in ["", ".", "little", "Once little Mila.", "Once little Mila. Then Mila", "A fox. Now Mila sat.",
-                 "Once little Bob. Now Bob sat.", "Once little Mila. Now Tom and Mila sat.",
-                 "Once little Mila. Now Milan sat.", "\0\n\x7f. little Mila."]:
-        assert fables.hero_kept(text) is False, text
+def test_facts_are_kept_in_every_story_and_lost_when_their_last_word_changes():
+    seen = Counter()
+    for story in stories(1000, seed=2):
+        facts, last, kept = fables.facts(story), fables.sentences(story)[-1], fables.kept(story)
+        assert all(kept.values()) and set(kept) == {fact for fact in fables.RETURNING if fact != "animal" or last.startswith("In the")} - (
+            {"friend"} if last.startswith("In the") else set())
+        for fact, (told, place) in fables.returns(story).items():
+            word = word_of(fact, facts)
+            assert story[place:].startswith(word) and place >= len(story) - len(last) > told
+            assert story[:told].endswith(facts[fact]) and facts[fact] not in story[:told - 1]
+            for other in {word_of(fact, fables.facts(another)) for another in stories(20, seed=3)} - {word}:
+                changed = story[:place] + other + story[place + len(word):]
+                assert fables.kept(changed) == kept | {fact: False}, changed
+        seen.update(kept)
+    assert set(seen) == set(fables.RETURNING) and min(seen.values()) > 100
+
+
+def test_kept_takes_any_text():
+    story = "A fix, little Mila, livd by the lake. She lst a red kite. Old Bob slept. Little Mila, little Mila fly the kite by the lke."
+    assert fables.kept(story) == dict(hero=True, thing=True, home=False)
+    for text in ["", ".", "little", "Once little Mila.", "Once little Mila. Then Mila", "Once little Mila. Then little Mila", "\0\n\x7f. x."]:
+        assert fables.kept(text) == {}, text
+    for text in ["A fox. Now little Mila sat.", "Once little Mila. Now little Tom and little Mila sat.", "Once little Mila. Now little Milan sat."]:
+        assert fables.kept(text) == dict(hero=False), text
 
 
 def test_stream_is_stories_between_separators():
