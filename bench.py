@@ -21,8 +21,8 @@ losses, the backward pass and the optimiser; drawing its rows is a line of its o
 DMT's roll-out and sampling replay CUDA graphs on CUDA; `DMT roll-out, plain` is the same without. Of the preset paper BPTT gets 32
 rows, because the activations of all steps of 128 need not fit on a GPU.
 
---grow=T: T is the length of a row, of what encoder and Transformer read, and of DMT's roll-out, which gets as many labels as in the
-preset (at most one in label_stride steps).
+--grow=T: T is the length of a row, of what encoder and Transformer read, and of DMT's roll-out, which gets about as many labels
+as in the preset, and no more (at most one in label_stride steps).
 """
 import contextlib
 import dataclasses
@@ -64,7 +64,8 @@ CPU = dict(d_model=128, n_heads=4, memory_tokens=8, encoder_layers=4, decoder_la
            future_len=32)
 SIZES = {"cpu": {"smt": CPU | dict(batch_size=32, seq_len=128),
                  "dmt": dict(batch_size=16, seq_len=64, horizon=64, label_stride=16),
-                 "bptt": dict(d_model=128, n_heads=4, memory_tokens=8, updater_layers=4, decoder_layers=2, batch_size=16, seq_len=64),
+                 "bptt": dict(d_model=128, n_heads=4, memory_tokens=8, updater_layers=4, decoder_layers=2, batch_size=16,
+                              seq_len=64),
                  "transformer": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=128, batch_size=32)},
          **{name: {stage: script.PRESETS[name] for stage, script in STAGES.items()} for name in ("tiny", "small", "paper")}}
 SIZES["paper"]["bptt"] = SIZES["paper"]["bptt"] | dict(batch_size=32)
@@ -118,7 +119,7 @@ def stage_configs(preset, seed, grow="", at=0):
             change |= dict(seq_len=at, batch_size=GROWN_ROWS)
             if stage == "dmt":
                 labels = max(1, change["horizon"] // c.label_stride)
-                change |= dict(horizon=at, label_stride=max(c.label_stride, at // labels))
+                change |= dict(horizon=at, label_stride=max(c.label_stride, -(-at // labels)))
             else:
                 change["context_len"] = at
         configs[stage] = replace(c, **change)

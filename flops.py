@@ -50,7 +50,7 @@ def smt_flops(config, networks, vocab_size, T, trunk_alone=False):
     if trunk_alone:
         encoder = networks["encoder"]
         return 3 * config.batch_size * forward["trunk"], 3 * chain_flops(nn.ModuleList([encoder.embed, encoder.transformer, networks["decoder"].head]))
-    head = T * 2 * config.d_model * vocab_size if config.lambda_trunk else 0
+    head = T * 2 * config.d_model * vocab_size if config.encoder == "causal" else 0
     once = forward["encoder"] + head + S * (forward["decoder"] + forward["updater"] + forward["readout"])
     return 3 * config.batch_size * once, 3 * (chain["encoder"] + max(chain["decoder"], chain["updater"], chain["readout"]))
 

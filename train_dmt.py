@@ -34,7 +34,6 @@ class Config(RunConfig):
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text the encoder's context_len
     p_start: float = 0.5            # text: share of rows from a document's start; all data: of iterations that roll out from a row's start
     lambda_dyn: float = 10.0        # weight of the dynamics loss
-    lambda_read: float = 1.0        # weight of the readout's loss
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,14 +104,15 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
         L_read = CE(g(stop_gradient(m_hat_t)), y_t)             with m_hat_t = f(m_hat_{t-1}, x_t)
 
     at the labelled steps: their memories before (N, R, K, d), labels m_t (N, R, K, d), tokens and targets x, y (N, R). Each term is these
-    roll-outs' share of the mean over the global batch, with the denominators counts (2,). Returns the weighted sum and its terms.
+    roll-outs' share of the mean over the global batch, with the denominators counts (2,). Returns lambda_dyn L_dyn + L_read, and
+    what is logged of it.
     """
     counts = Counts(*counts.clamp(min=1))
     predicted = networks["updater"](before.flatten(0, 1), x.flatten()).view_as(labels)      # m_hat_t
-    losses = {"dyn": squared_error(predicted, labels, x != networks["updater"].pad) / counts.transitions,
-              "read": readout_loss(networks, predicted.detach(), y) / counts.targets}
-    loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
-    return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
+    L_dyn = squared_error(predicted, labels, x != networks["updater"].pad) / counts.transitions
+    L_read = readout_loss(networks, predicted.detach(), y) / counts.targets
+    loss = config.lambda_dyn * L_dyn + L_read
+    return loss, {"train_loss": loss, "loss_dyn": L_dyn, "loss_read": L_read}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

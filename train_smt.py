@@ -33,22 +33,19 @@ class Config(ModelConfig, RunConfig):
     positions: int = 1              # positions S drawn in each row, each with all four losses
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     trunk_iters: int = 0            # first steps, which train the causal encoder's trunk alone; none with --init_from
-    lambda_dec: float = 1.0         # weight of the decoder's loss
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
-    lambda_read: float = 1.0        # weight of the readout's loss
-    lambda_trunk: float = 0.0       # weight of the next-token loss of the causal encoder's trunk
 
     def __post_init__(self):
         ModelConfig.__post_init__(self)
         RunConfig.__post_init__(self)
         if min(self.positions, self.trunk_iters + 1, self.seq_len + 1) < 1 or not 0 <= self.p_start <= 1:
             raise UsageError("--positions is at least 1, --trunk_iters and --seq_len at least 0, --p_start from 0 to 1")
-        if (self.lambda_trunk or self.trunk_iters) and self.encoder != "causal":
-            raise UsageError("the window encoder has no trunk: --encoder=window takes --lambda_trunk=0 --trunk_iters=0")
+        if self.trunk_iters and self.encoder != "causal":
+            raise UsageError("the window encoder has no trunk: --encoder=window takes --trunk_iters=0")
 
 
-CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", lambda_trunk=1.0, p_start=0.9)
+CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", p_start=0.9)
 PRESETS = {
     "tiny": dict(CAUSAL, d_model=64, n_heads=4, memory_tokens=8, encoder_layers=2, decoder_layers=2, conv_width=8, context_len=220,
                  future_len=200, positions=8, trunk_iters=600, batch_size=4, max_iters=1500, lr=3e-3, eval_interval=300, log_interval=50),
@@ -83,66 +80,58 @@ def count_terms(x, y, t, config, pad):
     return torch.stack([(future_y != IGNORE).sum(), (x[:, t] != pad).sum(), (y[:, t] != IGNORE).sum(), (y != IGNORE).sum()])
 
 
+def smt_loss(networks, x, y, t, counts, config):
+    """The paper's objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}) and m_{-1} = m_empty:
+
+        L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1})
+        L_dyn  = MSE(f(m_{t-1}, x_t), m_t)                      its gradients reach E through both memories
+        L_unif = log mean_{a != b} exp(-2 |u_a - u_b|^2)        keeps memory tokens apart from each other
+        L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
+        L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
+
+    and L_trunk, ours, with the causal encoder. Each term is these rows' share of the mean over the global batch of config.batch_size
+    rows, with the denominators counts (4,): summed over micro-batches and processes they are the losses (L_unif is the mean over
+    micro-batches). Returns the sum, and what is logged of it.
+    """
+    encoder, updater, S, counts = networks["encoder"], networks["updater"], len(t), Counts(*counts.clamp(min=1))
+    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()
+    before, after = encoder(x, torch.cat([t - 1, t]), *trunk).split(S, dim=1)               # m_{t-1}, m_t: (B, S, K, d)
+    predicted = updater(before.flatten(0, 1), x[:, t].flatten()).view_as(after)
+
+    L_dec = decoder_loss(networks, after, x, y, t, config.future_len) / counts.futures
+    L_dyn = squared_error(predicted, after, x[:, t] != encoder.pad) / counts.transitions
+    L_unif = uniformity(after.flatten(0, 2)) * len(x) / config.batch_size
+    L_read = readout_loss(networks, after.detach(), y[:, t]) / counts.readouts
+    loss = L_dec + config.lambda_dyn * L_dyn + config.lambda_unif * L_unif + L_read
+    losses = {"loss_dec": L_dec, "loss_dyn": L_dyn, "loss_unif": L_unif, "loss_read": L_read}
+
+    if config.encoder == "causal":
+        L_trunk = losses["loss_trunk"] = trunk_loss(networks, *trunk, y, counts)
+        loss = loss + L_trunk
+    return loss, {"train_loss": loss, **losses}
+
+
 def uniformity(memory):
-    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over the L2-normalised memory tokens of (n, d); 0 if all are the same."""
-    if len(memory) == 1:
-        return memory.new_zeros(())
-    u = F.normalize(memory, dim=-1)
+    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over the L2-normalised memory tokens of (n, d), a sample of them; 0 if all are the same."""
+    u = F.normalize(memory[::math.ceil(len(memory) / UNIFORMITY_TOKENS)], dim=-1)
+    if len(u) == 1:
+        return u.new_zeros(())
     with torch.autocast(u.device.type, enabled=False):      # a product in bf16 would be too coarse where tokens are close
         distance = 2 - 2 * u @ u.T
         others = ~torch.eye(len(u), dtype=torch.bool, device=u.device)
         return (-2 * distance).masked_fill(~others, -torch.inf).flatten().logsumexp(0) - math.log(len(u) * (len(u) - 1))
 
 
-def smt_loss(networks, x, y, t, counts, config):
-    """The paper's objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}) and m_{-1} = m_empty:
-
-        L_dec   = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1})
-        L_dyn   = MSE(f(m_{t-1}, x_t), m_t)                  its gradients reach E through both memories
-        L_unif  = log mean_{a != b} exp(-2 |u_a - u_b|^2)    keeps memory tokens apart from each other
-        L_read  = CE(g(stop_gradient(m_t)), y_t)             trains the readout only
-
-    and, for the causal encoder, L_trunk of `trunk_loss`. Each term is these rows' share of the mean over the global batch of
-    config.batch_size rows, with the denominators counts (4,): summed over micro-batches and processes they are the losses (L_unif is the
-    mean over micro-batches). Returns the weighted sum and its terms.
-    """
-    encoder, updater, (B, S) = networks["encoder"], networks["updater"], (len(x), len(t))
-    counts, losses, trunk = Counts(*counts.clamp(min=1)), {}, ()
-    if config.lambda_trunk:
-        trunk = (encoder.trunk(x),)
-        losses["trunk"] = trunk_loss(networks, *trunk, y, counts)
-
-    before, after = encoder(x, torch.cat([t - 1, t]), *trunk).split(S, dim=1)               # m_{t-1}, m_t: (B, S, K, d)
-    losses["dec"] = decoder_loss(networks, after, x, y, t, config.future_len) / counts.futures
-
-    predicted = updater(before.flatten(0, 1), x[:, t].flatten()).view_as(after)
-    losses["dyn"] = squared_error(predicted, after, x[:, t] != encoder.pad) / counts.transitions
-
-    stride = math.ceil(B * S * after.shape[2] / UNIFORMITY_TOKENS)
-    losses["unif"] = uniformity(after.flatten(0, 2)[::stride]) * B / config.batch_size
-
-    losses["read"] = readout_loss(networks, after.detach(), y[:, t]) / counts.readouts
-    return weighted(losses, config)
-
-
 def trunk_loss(networks, trunk, y, counts):
     """L_trunk = CE(head of D(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model. Recall is learned from a text
-    sooner than from a memory, and the decoder can begin with what the trunk has learned.
-
-    trunk: as of CausalEncoder.trunk, y (B, T).
-    """
+    sooner than from a memory, and the decoder can begin with what the trunk has learned. trunk: of CausalEncoder.trunk, y (B, T)."""
     return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / counts.targets
 
 
 def trunk_alone(networks, x, y, t, counts, config):
     """The objective of the first trunk_iters steps (ours): L_trunk. Arguments and returns are those of smt_loss."""
-    return weighted({"trunk": trunk_loss(networks, networks["encoder"].trunk(x), y, Counts(*counts.clamp(min=1)))}, config)
-
-
-def weighted(losses, config):
-    """The weighted sum of the losses, and what is logged of them."""
-    loss = sum(getattr(config, f"lambda_{name}") * term for name, term in losses.items())
-    return loss, {"train_loss": loss, **{f"loss_{name}": term for name, term in losses.items()}}
+    loss = trunk_loss(networks, networks["encoder"].trunk(x), y, Counts(*counts.clamp(min=1)))
+    return loss, {"train_loss": loss, "loss_trunk": loss}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

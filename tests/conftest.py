@@ -23,7 +23,7 @@ SIZES = ["--encoder=window", "--updater=transformer", "--d_model=8", "--n_heads=
 BPTT_SIZES = ["--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--updater_layers=1", "--decoder_layers=1",
               "--context_len=8"]
 TRANSFORMER_SIZES = ["--d_model=8", "--n_heads=2", "--decoder_layers=1", "--context_len=8"]
-PAIRS = ["--seq_len=8", "--positions=2", "--trunk_iters=0", "--lambda_trunk=0"]
+PAIRS = ["--seq_len=8", "--positions=2", "--trunk_iters=0"]
 ROLL_OUTS = ["--label_stride=1"]
 QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4", "--log_interval=1", "--eval_interval=100",
          "--eval_docs=4", "--eval_len=16", "--lr_decay=constant", "--lr=0.01", "--optimizer=adamw"]

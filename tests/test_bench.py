@@ -1,7 +1,6 @@
 """The benchmark, on tiny sizes: each row is there, the JSON says the same, the numbers are those of the stages. No time is asserted."""
 import json
 import subprocess
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,14 +13,13 @@ import train_smt
 from data import IGNORE, sample_batch
 from flops import forward_flops
 
-TINY = dict(d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, decoder_layers=1, updater_layers=1, readout_layers=1, context_len=8,
+TINY = dict(d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, decoder_layers=1, updater_layers=1, context_len=8,
             future_len=3)
 SIZES = {"smt": TINY | dict(batch_size=4, seq_len=8, positions=2),
-         "bptt": dict(d_model=8, n_heads=2, memory_tokens=2, updater_layers=1, readout_layers=1, batch_size=3, seq_len=5),
+         "bptt": dict(d_model=8, n_heads=2, memory_tokens=2, updater_layers=1, decoder_layers=1, batch_size=3, seq_len=5),
          "dmt": dict(batch_size=2, seq_len=12, horizon=6, label_stride=2),
          "transformer": dict(d_model=8, n_heads=2, decoder_layers=1, context_len=8, batch_size=5)}
-CAUSAL = dict(encoder="causal", conv_width=2, positions=8, decode_every=3, unroll=2, lambda_own=1.0, lambda_hold=1.0,
-              lambda_trunk=1.0, relative=True, detach=True)
+CAUSAL = dict(encoder="causal", optimizer="muon", conv_width=2, positions=8)
 DMT = ["DMT iteration", "DMT roll-out", "DMT roll-out, one step", "DMT labels", "DMT supervised pass"]
 STEPS = ["SMT step", "data loading", *DMT, "BPTT step", "Transformer step"]
 NUMBERS = ["ms", "min_ms", "max_ms", "ratio", "tokens_per_second", "utilisation", "peak_mib"]
@@ -151,9 +149,8 @@ def test_presets_grow_into_sizes_that_the_stages_take(preset, grow, at):
     for stage, config in configs.items():
         assert config.seed == 5 and config.seq_len == (at if grow == "T" else before[stage].seq_len) > 0
         assert config.batch_size == {"": before[stage].batch_size, "T": bench.GROWN_ROWS, "batch": at}[grow]
-    begins, pairs = train_dmt.choose_pairs(configs["dmt"], 0, configs["dmt"].seq_len, configs["dmt"].horizon)
-    labels = sum(len(runs) for runs, _ in pairs)
-    assert 1 <= labels <= max(1, before["dmt"].horizon // before["dmt"].label_stride)
+    begins, labelled = train_dmt.choose_steps(configs["dmt"], 0, configs["dmt"].seq_len, configs["dmt"].horizon)
+    assert 1 <= len(labelled) <= max(1, before["dmt"].horizon // before["dmt"].label_stride)
     assert 0 <= begins[0] and begins[-1] + configs["dmt"].horizon <= configs["dmt"].seq_len
 
 
@@ -219,14 +216,13 @@ def test_flops_are_those_that_the_stages_count(monkeypatch, stage):
 def test_phases_of_dmt_add_up_to_the_iteration(monkeypatch, more):
     monkeypatch.setitem(bench.SIZES, "mini", SIZES | {"smt": TINY | dict(batch_size=4, seq_len=8) | more})
     configs = bench.stage_configs("mini", 0)
-    configs["dmt"] = replace(configs["dmt"], updates=2, lambda_own=1.0, lambda_hold=1.0, relative=True)
     work, noted = parts(configs)
     phases = ["DMT roll-out", "DMT labels", "DMT supervised pass"]
     assert set(DMT) <= set(work) and all(noted[row][0] > 0 for row in DMT)
     assert noted["DMT iteration"][0] == pytest.approx(sum(noted[row][0] for row in phases))
     assert noted["DMT roll-out, one step"][0] == pytest.approx(noted["DMT roll-out"][0] / 6)
     assert work["DMT iteration"][1] == sum(work[row][1] for row in phases)
-    forward = forward_flops(configs["smt"], bench.VOCAB_SIZE, 12, 1 + 2 * 3)       # two roll-outs of 6 tokens, one from m_empty; a label every second
+    forward = forward_flops(configs["smt"], bench.VOCAB_SIZE, 12, 2 * (1 + 3))   # two roll-outs of 6 tokens, a label every second
     assert work["DMT labels"][1] == 2 * forward["encoder"] and work["DMT roll-out"][1] == 2 * 12 * forward["updater"]
     assert {work[row][0] for row in ("DMT iteration", *phases)} == {2 * 12}
 
@@ -241,10 +237,10 @@ def test_a_step_is_the_loss_of_the_stage_and_an_optimiser_step(monkeypatch):
 
     torch.manual_seed(7)
     networks = bench.build(config, data.vocab_size)
-    optimizer = runtime.adamw(networks, config)
+    optimizers = runtime.optimizers(networks, config)
     x, y, t = sample_batch(data, 0, 3, 4, 8, 2, config.p_start)
     train_smt.smt_loss(networks, x, y, t, train_smt.count_terms(x, y, t, config, data.pad), config)[0].backward()
-    runtime.optimizer_step(optimizer, config.lr, config.grad_clip)
+    runtime.optimizer_step(optimizers, config.lr, config.grad_clip)
     for own, reference in zip(seen[0].parameters(), networks.parameters(), strict=True):
         torch.testing.assert_close(own, reference, rtol=0, atol=0)
 

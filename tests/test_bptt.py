@@ -118,7 +118,7 @@ def test_truncated_gradients_equal_a_loop_that_detaches(updater):
 
 
 def test_the_flags_of_the_rnn_are_those_of_its_model():
-    flags = dict(updater="mlp", d_model=32, n_heads=2, memory_tokens=3, updater_layers=5, identity=False, readout_layers=7, context_len=9)
+    flags = dict(updater="mlp", d_model=32, n_heads=2, memory_tokens=3, updater_layers=5, decoder_layers=7, context_len=9)
     found = dataclasses.asdict(train_bptt.model_config(train_bptt.Config(**flags)))
     assert flags == {name: found[name] for name in flags}
     assert flags.keys() == {f.name for f in dataclasses.fields(ModelConfig)} & {f.name for f in dataclasses.fields(train_bptt.Config)}

@@ -214,7 +214,7 @@ def test_gradients_are_those_of_documents_with_the_same_last_target():
 
 def test_runs_of_the_same_sizes_share_what_does_not_depend_on_their_weights():
     runs = [trained("a"), trained("bb", ("updater", "readout")), trained("ccc", updater="gru"), trained("dddd", ("decoder",)),
-            trained("eeeee", identity=False)]
+            trained("eeeee", decoder_layers=1)]
     assert [[run.name for run in group] for group in figures.rnn_groups(runs)] == [["a", "bb"], ["ccc"], ["eeeee"]]
     lines = figures.gradients(runs, *documents(), 0)["lines"]
     assert [line["runs"] for line in lines if line["part"] == "at initialisation"] == [["a", "bb"], ["ccc"], ["eeeee"]]
@@ -268,7 +268,7 @@ def test_state_is_one_memory_for_the_rnn_and_keys_and_values_for_the_transformer
         assert [line["x"] for line in series["ms"]] == [[3, 10]] * len(series["bytes"])
         assert all(ms > 0 for line in series["ms"] for ms in line["y"])
         for line in series["bytes"]:
-            more = 3 / 2 if "random" in line["part"] else 1             # the three layers that updater and readout have
+            more = 4 / 2 if "random" in line["part"] else 1             # the four layers that updater and readout have
             assert line["y"] == [more * size for size in sizes[line["part"].split()[0]]]
     assert [line["runs"] for line in series["bytes"]] == [["ccc"]]
 

@@ -84,7 +84,9 @@ def test_every_command_of_every_experiment_is_accepted_by_its_script(name, monke
     for run in runs:
         assert run.needs <= known, f"{run.name} comes before what it needs"
         known.add(run)
-        reproduce.resolve(run.stage, (f"--dataset={DATA[run.data][0]}", "--preset=tiny", *DATA[run.data][2].split(), *run.flags.split()))
+        told = f"--dataset={DATA[run.data][0]}", "--preset=tiny", *DATA[run.data][2].split(), *run.flags.split()
+        settings = reproduce.resolve(run.stage, told)
+        assert run.after or settings.get("trunk_iters", 0) <= settings["max_iters"] / 2, f"{run.name}: the trunk alone"
         assert not run.equal or run.to and run.probe
     assert set(EXPERIMENTS[name].metrics) <= set(results.TITLES)
 
@@ -279,6 +281,13 @@ def test_scaled_runs_are_shorter_and_kept_apart_from_the_full_ones(place, monkey
     assert call(reproduce, "mini", "--scale=0.01").status == 0 and flag(commands[1], "max_iters") == "2"
 
 
+def test_scaled_runs_keep_the_share_of_their_first_phase(place):
+    run = Run("tiny", "SMT", 1, "tiny", "smt", "--encoder=causal --max_iters=200 --trunk_iters=100")
+    for scale, expected in ((1, (200, 100)), (0.25, (50, 25)), (0.01, (20, 1))):
+        settings = reproduce.resolve("smt", reproduce.flags_of(run, place, scale))
+        assert (settings["max_iters"], settings["trunk_iters"]) == expected
+
+
 # ---- numbers
 
 def test_equal_budget_gives_the_steps_that_spend_it_at_the_probes_speed():
@@ -423,11 +432,6 @@ def test_what_is_asked_of_checkpoints(place, monkeypatch, data_dir, smt_run):
     monkeypatch.setattr(experiments, "SCALING", {"memory_tokens": (2, 1), "d_model": (16, 8)})
     sized = [[r["case"] for r in experiments.look_at_sizes(replace(run, stage=stage), checkpoint, data_dir, "x")] for stage in ("smt", "dmt")]
     assert sized == [[], ["d_model 8"]]
-    started = [run for run in experiments.initialisation_runs([1], "")
-               if run.case == "retrieval 32, 4 layers, random weights" and run.method != "probe"]
-    assert [r for run in started for r in experiments.look_at_initialisation(run, checkpoint, data_dir, "x")] == [
-        dict(case="retrieval 32, 4 layers", method=f"{method}; random weights")
-        for method in ("SMT+DMT", "BPTT")]
     assert experiments.look_at_readout(replace(run, case="tiny, preset"), checkpoint, data_dir, "x") == [{}]
     own, read = experiments.look_at_readout(replace(run, case="tiny, preset", stage="dmt"), checkpoint, data_dir, "x")
     _, networks, initial_memory = model.restore(checkpoint)

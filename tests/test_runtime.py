@@ -20,9 +20,9 @@ from conftest import BPTT_SIZES, PAIRS, QUICK, ROLL_OUTS, SIZES, TRANSFORMER_SIZ
 import data
 import evaluate
 import fables
+import model
 import runtime
 import sample
-import tasks
 import train_bptt
 import train_dmt
 import train_smt
@@ -33,9 +33,7 @@ ROOT = Path(runtime.__file__).parent
 TRAIN = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "transformer": train_transformer}
 SCRIPTS = pytest.mark.parametrize("script", [*TRAIN.values(), sample, data, evaluate], ids=lambda s: s.__name__)
 TIMED = ("seconds", "tokens_per_second")
-ALL_OF_SMT = ("--encoder=causal --encoder_layers=2 --conv_width=3 --positions=8 --unroll=2 --trunk_iters={} --teacher_iters={} "
-              "--lambda_own=1 --lambda_hold=1 --lambda_trunk=1").format
-ALL_OF_DMT = "--updates=2 --unroll=2 --label_stride=2 --grow=0.5 --lambda_own=1 --lambda_hold=1".split()
+TRUNK_FIRST = "--encoder=causal --encoder_layers=2 --conv_width=3 --positions=8 --trunk_iters={}".format
 
 
 def flags(stage, data_dir, smt_run, out, dataset="retrieval"):
@@ -114,6 +112,7 @@ def test_a_wrong_flag_is_refused_in_one_line_that_names_the_nearest(script, argu
     ("--lr=0", ["--lr"]), ("--lr=nan", ["--lr"]), ("--lr=fast", ["--lr", "float"]), ("--p_start=1.5", ["--p_start"]),
     ("--batch_size=0", ["--batch_size must be at least 1"]), ("--max_iters=1.5", ["--max_iters", "int"]),
     ("--lr_decay=linear", ["--lr_decay is constant or cosine, not 'linear'"]), ("--warmup=2", ["--warmup"]),
+    ("--optimizer=sgd", ["--optimizer is adamw or muon, not 'sgd'"]),
     ("--compile=perhaps", ["--compile"]), ("--device=gpu", ["--device", "'gpu'"]),
     ("--grad_accum=5 --batch_size=16", ["--batch_size=16 must be a multiple of processes x grad_accum = 1 x 5"])])
 def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(script, argument, messages, tmp_path, monkeypatch):
@@ -125,19 +124,13 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
 @pytest.mark.parametrize("script, argument, message", [
     (train_smt, "--d_model=20 --n_heads=4", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
     (train_smt, "--encoder=bidirectional", "--encoder is one of window, causal"),
-    (train_smt, "--positions=0 --decode_every=1 --unroll=1", "--positions is at least 1"),
-    (train_smt, "--register_layers=9 --encoder_layers=2", "--register_layers=9 is more than --encoder_layers=2"),
-    (train_smt, "--conv_width=0", "--conv_width must be at least 1"), (train_smt, "--decode_every=0", "--decode_every"),
-    (train_smt, "--positions=4 --decode_every=5 --unroll=1", "--decode_every"), (train_smt, "--unroll=0", "--unroll"),
-    (train_smt, "--positions=4 --decode_every=1 --unroll=5", "--unroll is from 1 to --positions=4"),
-    (train_smt, "--encoder=window --trunk_iters=0 --lambda_trunk=1", "--encoder=window takes --lambda_trunk=0 --trunk_iters=0"),
-    (train_smt, "--encoder=window --trunk_iters=50 --lambda_trunk=0", "--encoder=window takes --lambda_trunk=0 --trunk_iters=0"),
-    (train_smt, "--encoder=causal --trunk_iters=-10 --log_interval=10", "--trunk_iters=-10"),
+    (train_smt, "--encoder=causal --memory_tokens=1", "--encoder=causal needs --memory_tokens of at least 2"),
+    (train_smt, "--positions=0", "--positions is at least 1"), (train_smt, "--seq_len=-1", "--seq_len at least 0"),
+    (train_smt, "--conv_width=0", "--conv_width must be at least 1"),
+    (train_smt, "--encoder=window --trunk_iters=50", "--encoder=window takes --trunk_iters=0"),
+    (train_smt, "--encoder=causal --trunk_iters=-10", "--trunk_iters and --seq_len at least 0"),
     (train_bptt, "--updater=lstm", "--updater is one of"), (train_bptt, "--truncate=-1", "--truncate"),
-    (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0 --unroll=1", "--label_stride"),
-    (train_dmt, "--label_stride=2 --unroll=3", "--label_stride=2 must be at least --unroll=3"),
-    (train_dmt, "--unroll=0", "--unroll"), (train_dmt, "--updates=0", "--updates"), (train_dmt, "--grow=1.5", "--grow"),
-    (train_dmt, "--persistent --grow=0.5", "--persistent streams have one horizon"),
+    (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0", "--label_stride at least 1"),
     (train_transformer, "--d_model=20", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
     (train_transformer, "--context_len=0", "--context_len must be at least 1"), (train_transformer, "--seq_len=-1", "--seq_len"),
     (sample, "--temperature=-1", "--temperature"), (sample, "--keep=2", "--keep"), (sample, "--max_new_tokens=0", "--max_new_tokens")])
@@ -185,19 +178,56 @@ def test_learning_rate_warms_up_then_decays_to_a_tenth_or_stays():
     assert late[:10] == rates[:10] and set(late[10:61]) == {2.0} and late[80] == pytest.approx(1.1) and late[100] == pytest.approx(0.2)
 
 
-def test_only_matrices_of_linear_layers_are_decayed():
-    networks = torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 2), "linear": torch.nn.Linear(2, 2), "norm": torch.nn.RMSNorm(2)})
-    decayed, kept = runtime.adamw(networks, RunConfig(weight_decay=0.5)).param_groups
-    assert decayed["weight_decay"] == 0.5 and [p is networks["linear"].weight for p in decayed["params"]] == [True]
-    assert kept["weight_decay"] == 0 and len(kept["params"]) == 3
+MATRICES = {                # of the networks, by the end of their names; what has a name of another end is not decayed
+    "hidden": ("qkv.weight", "out.weight", "up.weight", "down.weight", "mix.weight", "present.weight",
+               "layers.0.1.weight", "layers.0.3.weight"),
+    "others": ("head.weight", "gate.weight", "cell.weight_ih", "cell.weight_hh", "registers", "initial_memory")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("sizes", [dict(encoder="causal", updater="mlp", conv_width=2), {}, dict(updater="gru")],
+                         ids=["causal-mlp", "window-transformer", "window-gru"])
+def test_muon_gets_the_hidden_matrices_adamw_all_others_and_matrices_are_decayed_but_for_embeddings(sizes, optimizer):
+    networks = model.build(model.ModelConfig(d_model=8, n_heads=2, updater_layers=1, **sizes), 5)
+    networks.initial_memory = torch.nn.Parameter(torch.randn(4, 8))                 # as BPTT has it
+    networks["readout"].requires_grad_(False)                                       # what is frozen belongs to none
+    names, trained_by, decay = {id(p): name for name, p in networks.named_parameters()}, {}, {}
+    found = runtime.optimizers(networks, RunConfig(optimizer=optimizer, weight_decay=0.5, lr=0.25))
+    for one in found:
+        for group in one.param_groups:
+            assert group["lr"] == 0.25
+            for name in (names[id(p)] for p in group["params"]):
+                assert name not in trained_by, name
+                trained_by[name], decay[name] = type(one).__name__, group["weight_decay"]
+    assert trained_by.keys() == {name for name in names.values() if not name.startswith("readout")}
+    hidden, others = ({name for name in trained_by if name.endswith(ends)} for ends in MATRICES.values())
+    assert {name for name, kind in trained_by.items() if kind == "Muon"} == (hidden if optimizer == "muon" else set())
+    assert [type(one).__name__ for one in found] == ["AdamW", "Muon"][:len(found)]
+    assert {name for name, value in decay.items() if value == 0.5} == hidden | others and set(decay.values()) == {0.5, 0.0}
+    linear = {f"{name}.weight" for name, module in networks.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert hidden == {name for name in linear & trained_by.keys() if name.split(".")[-2] not in ("head", "gate")}
+
+
+def test_every_optimiser_steps_at_the_rate_it_is_given():
+    networks = model.build(model.ModelConfig(d_model=8, n_heads=2, updater_layers=1), 5)
+    found = runtime.optimizers(networks, RunConfig(optimizer="muon", weight_decay=0.0, lr=1.0))
+    for rate in (1e-3, 0.0):
+        before = [p.detach().clone() for p in networks.parameters()]
+        for p in networks.parameters():
+            p.grad = torch.randn_like(p)
+        runtime.optimizer_step(found, rate, 0.0)
+        for p, old in zip(networks.parameters(), before):
+            assert p.grad is None and (p - old).square().mean().sqrt().item() == pytest.approx(rate, rel=0.9, abs=1e-9)
 
 
 @pytest.mark.parametrize("clip, expected", [(1.0, 1.0), (100.0, 5.0), (0.0, 5.0)])
 def test_gradients_are_clipped_and_the_norm_before_is_told(clip, expected):
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([3.0, 4.0])
-    norm = runtime.optimizer_step(torch.optim.SGD([weight], lr=9.0), 1.0, clip)
-    assert norm == 5 and weight.grad is None and weight.detach().norm().item() == pytest.approx(expected, rel=1e-4)
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]                # each of an optimiser of its own
+    for weight, gradient in zip(weights, (3.0, 4.0)):
+        weight.grad = torch.tensor([gradient])
+    norm = runtime.optimizer_step([torch.optim.SGD([weight], lr=9.0) for weight in weights], 1.0, clip)
+    assert norm == 5 and all(weight.grad is None for weight in weights)
+    assert torch.cat(weights).detach().norm().item() == pytest.approx(expected, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,9 +246,10 @@ def stop_after(monkeypatch, steps, number):
 
 @pytest.mark.parametrize("stage, dataset, more", [
     ("smt", "retrieval", []), ("smt", "fables", ["--encoder=causal", "--grad_accum=2"]),
-    *(("smt", "fables", [*ALL_OF_SMT(*some).split(), "--relative"]) for some in ((1, 1), (1, 2), (3, 1))),    # a stop after, in, between the phases
+    *(("smt", "fables", [*TRUNK_FIRST(n).split(), "--optimizer=muon"]) for n in (1, 3, 5)),  # it stops at step 3
     ("bptt", "fables", []), ("transformer", "fables", ["--seq_len=12"]), ("dmt", "retrieval", []),
-    ("dmt", "fables", ["--persistent", "--horizon=3"]), ("dmt", "fables", [*ALL_OF_DMT, "--p_start=0"])])
+    *((stage, "fables", ["--optimizer=muon"]) for stage in ("smt", "bptt", "transformer")),
+    ("dmt", "fables", ["--optimizer=muon", "--horizon=3", "--label_stride=2", "--p_start=0"])])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(tmp_path, monkeypatch, data_dir, smt_run, stage,
                                                                                dataset, more, number):
@@ -232,8 +263,8 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(t
     trained(script, *flags(stage, data_dir, smt_run, halves, dataset), *more, "--resume")
     a, b = checkpoint(whole), checkpoint(halves)
     assert_same_bits(a, b)
-    assert a[".step"] == 6 and any(name.startswith(".optimizer.state") for name in a)
-    assert (".memory" in a) == ("--persistent" in more)
+    assert a[".step"] == 6 and any(name.startswith(".optimizers.0.state") for name in a)
+    assert any(name.startswith(".optimizers.1.state") for name in a) == ("--optimizer=muon" in more)
     assert metrics(whole) == metrics(halves)
 
 
@@ -255,6 +286,8 @@ def test_resuming_needs_a_checkpoint_of_the_same_stage_and_architecture(tmp_path
         refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), change, "--resume"), 1, "another architecture")
     for stage in ("bptt", "dmt", "transformer"):
         refused(call(TRAIN[stage], *flags(stage, data_dir, smt_run, tmp_path / "run"), "--resume"), 1, "is of another stage, smt")
+    result = call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), "--optimizer=muon", "--resume")
+    refused(result, 1, "or --optimizer")
     refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run", "fables"), "--resume"), 1, "was trained on retrieval")
     trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), "--resume")
 
@@ -276,12 +309,13 @@ def test_resuming_says_from_where_and_which_flags_are_others(tmp_path, data_dir,
     assert changed == "resumed at step 4; --max_iters=6, was 4; --lr=0.5, was 0.01"
 
 
-def test_a_resumed_run_takes_the_weight_decay_it_is_given(tmp_path, data_dir, smt_run):
-    arguments = flags("smt", data_dir, smt_run, tmp_path)
+@pytest.mark.parametrize("optimizer, decays", [("adamw", [[0.0, 0.5]]), ("muon", [[0.0, 0.5], [0.5]])])
+def test_a_resumed_run_takes_the_weight_decay_it_is_given(tmp_path, data_dir, smt_run, optimizer, decays):
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), f"--optimizer={optimizer}"]
     trained(train_smt, *arguments)
     trained(train_smt, *arguments, "--resume", "--weight_decay=0.5", "--max_iters=6")
-    groups = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    states = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizers"]
+    assert [sorted(group["weight_decay"] for group in state["param_groups"]) for state in states] == decays
 
 
 def test_a_run_is_not_resumed_beyond_its_end(tmp_path, data_dir, smt_run):
@@ -296,12 +330,12 @@ def test_a_run_of_a_version_with_fewer_flags_is_resumed_or_refused_in_one_line(t
     arguments = flags("smt", data_dir, smt_run, tmp_path)
     trained(train_smt, *arguments)
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    del content["config"]["trunk_iters"], content["config"]["relative"]
+    del content["config"]["positions"], content["config"]["warmup"]
     torch.save(content, tmp_path / "ckpt.pt")
     trained(train_smt, *arguments, "--resume", "--max_iters=5")
-    del content["model_config"]["register_layers"]
+    del content["model_config"]["n_heads"]
     torch.save(content, tmp_path / "ckpt.pt")
-    refused(call(train_smt, *arguments, f"--init_from={tmp_path}"), 1, "another architecture: --register_layers=None, not 1")
+    refused(call(train_smt, *arguments, f"--init_from={tmp_path}"), 1, "another architecture: --n_heads=None, not 2")
     del content["spent"]
     torch.save(content, tmp_path / "ckpt.pt")
     refused(call(train_smt, *arguments, "--resume"), 1, "is not a checkpoint of this project")
@@ -325,28 +359,17 @@ def test_too_little_memory_is_one_line():
     refused(call(SimpleNamespace(main=main, __file__="train_smt.py")), 1, "CUDA out of memory", "--grad_accum")
 
 
-def test_a_run_whose_phases_would_have_ended_elsewhere_is_not_resumed(tmp_path, monkeypatch, data_dir, smt_run):
-    """Its next steps would train the trunk again, and then replace decoder and readout."""
-    phases = "--encoder=causal --encoder_layers=2 --trunk_iters=2 --teacher_iters=2 --eval_interval=1 --log_interval=1 --max_iters=6".split()
-
-    def arguments(folder):
-        return [*flags("smt", data_dir, smt_run, tmp_path / folder), *phases]
-    trained(train_smt, *arguments("first"))
-    source, ends = f"--init_from={tmp_path / 'first'}", "end at steps [{}, {}], with these flags they would end at [{}, {}]".format
-    trained(train_smt, *arguments("second"), source, "--max_iters=1")
-    before = checkpoint(tmp_path / "second")
-    refused(call(train_smt, *arguments("second"), "--resume"), 2, ends(0, 0, 2, 4))
-    assert_same_bits(before, checkpoint(tmp_path / "second"))
-    assert json.loads((tmp_path / "second" / "config.json").read_text())["init_from"]
-    trained(train_smt, *arguments("second"), source, "--resume")
-    refused(call(train_smt, *arguments("first"), source, "--resume"), 2, ends(2, 4, 0, 0))
-    trained(train_smt, *arguments("short"), "--max_iters=3")                      # two thirds of which are 2 steps
-    refused(call(train_smt, *arguments("short"), "--resume"), 2, ends(1, 2, 2, 4))
-    trained(train_smt, *arguments("short"), "--resume", "--trunk_iters=1", "--teacher_iters=1")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1, signal.SIGTERM)
-        trained(train_smt, *arguments("stopped"))
-    trained(train_smt, *arguments("stopped"), "--resume", "--trunk_iters=3")      # which is not over yet
+def test_a_run_whose_first_phase_would_end_elsewhere_is_not_resumed(tmp_path, data_dir, smt_run):
+    """Its next steps would train the trunk again, and then replace the decoder."""
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *TRUNK_FIRST(2).split(), "--max_iters=3"]
+    trained(train_smt, *arguments)
+    before, told = checkpoint(tmp_path), (tmp_path / "config.json").read_text()
+    for n in (0, 1, 3, 5):
+        result = call(train_smt, *arguments, "--resume", f"--trunk_iters={n}", "--max_iters=6")
+        refused(result, 2, f"--resume goes on with the same --trunk_iters: --trunk_iters={n}, was 2")
+    assert_same_bits(before, checkpoint(tmp_path))
+    assert (tmp_path / "config.json").read_text() == told
+    trained(train_smt, *arguments, "--resume", "--max_iters=6")
 
 
 def test_what_the_log_has_an_evaluation_of_is_saved(tmp_path, monkeypatch, data_dir, smt_run):
@@ -381,15 +404,6 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
     run = runtime.Run(torch.device("cpu"), 0, 1, tmp_path / "gone", False, 1)
     with pytest.raises(runtime.DataError, match="cannot write .*metrics.jsonl: No such file"):
         run.log(1)
-
-
-def test_persistent_streams_resume_from_a_run_that_had_none(tmp_path, data_dir, smt_run):
-    arguments = flags("dmt", data_dir, smt_run, tmp_path, "fables")
-    trained(train_dmt, *arguments, "--max_iters=2")
-    trained(train_dmt, *arguments, "--persistent", "--horizon=3", "--resume")
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["memory"].shape == (16, 2, 8)
-    for size in (8, 32):                                                         # streams cannot change their number
-        refused(call(train_dmt, *arguments, "--persistent", "--horizon=3", "--resume", f"--batch_size={size}"), 2, "16 streams")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,13 +544,13 @@ def test_a_loss_that_became_nan_ends_the_run_in_one_line_and_the_last_checkpoint
     arguments = [*flags(stage, data_dir, smt_run, tmp_path), "--max_iters=50", "--eval_interval=2"]
     step = runtime.optimizer_step
 
-    def poisoned(optimizer, lr, grad_clip):
-        parameters = optimizer.param_groups[0]["params"]
+    def poisoned(optimizers, lr, grad_clip):
+        parameters = optimizers[0].param_groups[0]["params"]
         if poisoned.steps == 3:
             for parameter in parameters:
                 (parameter.grad if where == "gradient" else parameter.data).fill_(float("nan"))
         poisoned.steps += 1
-        return step(optimizer, lr, grad_clip)
+        return step(optimizers, lr, grad_clip)
 
     monkeypatch.setattr(runtime, "optimizer_step", poisoned)
     for where, log_interval, message in (("gradient", 1, "gradient's norm became nan before step 4"),
@@ -569,88 +583,69 @@ def test_any_whole_number_is_a_seed(tmp_path, data_dir, smt_run, seed):
     trained(sample, f"--ckpt={tmp_path}", f"--seed={seed}", "--max_new_tokens=3")
 
 
-def test_runs_longer_than_a_row_are_refused(tmp_path, data_dir, smt_run):
-    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=9", "--unroll=9"), 2, "--unroll=9", "8 tokens")
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), "--positions=8", "--unroll=8")
-
-
-def test_the_trunk_is_trained_first_then_encoder_and_decoder_then_all_and_no_log_line_averages_two(tmp_path, monkeypatch, data_dir, smt_run):
-    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(4, 4).split(), "--relative", "--log_interval=2", "--eval_interval=2",
-                 "--max_iters=12"]
-    stopped, tries = [], (2, 4, 6, 8)
+def test_the_trunk_is_trained_first_then_all_and_no_log_line_averages_both(tmp_path, monkeypatch, data_dir, smt_run):
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *TRUNK_FIRST(4).split(), "--log_interval=2", "--eval_interval=2",
+                 "--max_iters=8"]
+    stopped, tries = [], (2, 4, 6)
     for step in tries:
         with monkeypatch.context() as patch:
             stop_after(patch, step - 1, signal.SIGTERM)
             trained(train_smt, *arguments, f"--resume={step > 2}")
         stopped.append(torch.load(tmp_path / "ckpt.pt", weights_only=True))
     assert [checkpoint["step"] for checkpoint in stopped] == list(tries)
-    rnn, teacher = ("updater", "readout"), ("encoder.registers", "encoder.now", "encoder.transformer.blocks.1", "decoder.embed",
-                                            "decoder.recall", "decoder.transformer")
-    for before, after, kept in ((0, 1, rnn + teacher), (2, 3, rnn)):
+    trunk = ("encoder.embed", "encoder.transformer", "decoder.norm", "decoder.head")
+    for before, after, moved in ((0, 1, trunk), (1, 2, ("encoder", "decoder", "updater", "readout"))):
         for name, weight in stopped[before]["model"].items():
-            assert torch.equal(weight, stopped[after]["model"][name]) == name.startswith(kept) or "embed.embed" in name, name
+            assert torch.equal(weight, stopped[after]["model"][name]) != name.startswith(moved), name
     trained(train_smt, *arguments, "--resume")
     lines = [line for line in metrics(tmp_path) if "train_loss" in line]
     terms = [{name.removeprefix("loss_") for name in line if name.startswith("loss_")} for line in lines]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
-    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec"}] * 2 + [{"trunk", "dec", "own", "hold", "dyn", "unif", "read"}] * 2
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert terms == [{"trunk"}] * 2 + [{"trunk", "dec", "dyn", "unif", "read"}] * 2
     assert all(line["train_loss"] == line["loss_trunk"] for line in lines[:2])
 
 
 def test_a_log_line_averages_the_steps_of_one_phase(tmp_path, data_dir, smt_run):
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 2).split(), "--max_iters=8", "--log_interval=4")
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *TRUNK_FIRST(3).split(), "--max_iters=8", "--log_interval=4")
     lines = [line for line in runtime.read_log(tmp_path / "metrics.jsonl") if "train_loss" in line]
-    assert [line["step"] for line in lines] == [1, 3, 4, 8]
-    assert ["loss_dec" in line for line in lines] == [False, True, True, True]
-    assert ["loss_dyn" in line for line in lines] == [False, False, True, True]
-    for line in lines[:2]:                              # before all weights are joined the loss is the plain sum
-        assert line["train_loss"] == pytest.approx(sum(line.get(f"loss_{name}", 0) for name in ("dec", "trunk")))
+    assert [line["step"] for line in lines] == [3, 4, 8] and ["loss_dec" in line for line in lines] == [False, True, True]
+    assert lines[0]["train_loss"] == pytest.approx(lines[0]["loss_trunk"])
 
 
-def test_the_decoder_goes_on_from_the_trunk_and_the_readout_from_the_decoder(tmp_path, data_dir, smt_run):
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 1).split(), "--max_iters=3", "--lr=1e-9")
+@pytest.mark.parametrize("max_iters, first_phase", [(3, True), (1, False)])
+def test_the_decoder_goes_on_from_the_trunk_after_its_phase(tmp_path, data_dir, smt_run, max_iters, first_phase):
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *TRUNK_FIRST(1).split()]
+    trained(train_smt, *arguments, f"--max_iters={max_iters}", "--lr=1e-9")
     weights = checkpoint(tmp_path)
     for name in ("embed.embed.weight", "embed.mix.weight", "transformer.blocks.0.qkv.weight", "transformer.blocks.0.down.weight"):
-        torch.testing.assert_close(weights[f".model.encoder.{name}"], weights[f".model.decoder.{name}"], rtol=0, atol=1e-6)
-    for name in ("transformer.blocks.0.qkv.weight", "transformer.blocks.0.down.weight", "norm.weight", "head.weight"):
-        torch.testing.assert_close(weights[f".model.decoder.{name}"], weights[f".model.readout.{name}"], rtol=0, atol=1e-6)
+        same = torch.allclose(weights[f".model.encoder.{name}"], weights[f".model.decoder.{name}"], rtol=0, atol=1e-6)
+        assert same == first_phase, name
 
 
-def test_the_readout_keeps_its_own_weights_where_it_is_told_to(tmp_path, data_dir, smt_run):
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path), *ALL_OF_SMT(1, 1).split(), "--max_iters=3", "--lr=1e-9",
-            "--readout_from_decoder=false")
-    weights = checkpoint(tmp_path)
-    assert (weights[".model.decoder.head.weight"] - weights[".model.readout.head.weight"]).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("trunk_iters, teacher_iters, max_iters, ends", [
-    (1000, 800, 2700, [1000, 1800]), (1000, 800, 2000, [740, 1333]), (1000, 0, 600, [400, 400]), (0, 9, 100, [0, 9]), (0, 0, 100, [0, 0])])
-def test_the_first_phases_fit_into_short_runs_however_often_a_line_is_logged(trunk_iters, teacher_iters, max_iters, ends):
-    config = train_smt.Config(encoder="causal", trunk_iters=trunk_iters, teacher_iters=teacher_iters, max_iters=max_iters)
-    assert train_smt.phases(config) == train_smt.phases(replace(config, log_interval=999)) == ends
-    assert train_smt.phases(replace(config, init_from="runs/fables-smt")) == [0, 0]         # has learned already
+def test_a_run_that_begins_with_given_weights_has_no_first_phase(tmp_path, data_dir, smt_run):
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path / "first"), *TRUNK_FIRST(2).split()]
+    trained(train_smt, *arguments)
+    trained(train_smt, *arguments, f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}")
+    assert all("loss_dec" in line for line in metrics(tmp_path / "second") if "train_loss" in line)
 
 
 @pytest.mark.parametrize("arguments", ["", "--preset=small", "--dataset=copy", "--dataset=keyvalue", "--dataset=keyvalue --preset=small",
                                        "--dataset=tinystories --preset=tiny"])
-def test_presets_name_the_phases_that_they_get_and_bptt_trains_the_same_rnn_on_the_same_rows(arguments):
+def test_presets_leave_steps_after_the_first_phase_and_bptt_trains_the_same_rnn_on_the_same_rows(arguments):
     smt, bptt = (runtime.parse(script.Config, arguments.split(), script.PRESETS) for script in (train_smt, train_bptt))
-    assert train_smt.phases(smt) == [smt.trunk_iters, smt.trunk_iters + smt.teacher_iters]
-    assert smt.dataset not in tasks.TASKS or smt.unroll <= 4                                # copy has 12 tokens
-    for name in ("updater", "d_model", "n_heads", "memory_tokens", "updater_layers", "readout_layers", "seq_len", "p_start"):
+    assert 0 < smt.trunk_iters <= smt.max_iters / 2
+    for name in ("updater", "d_model", "n_heads", "memory_tokens", "updater_layers", "decoder_layers", "seq_len", "p_start"):
         assert getattr(smt, name) == getattr(bptt, name), name
 
 
 def test_an_rnn_is_fine_tuned_by_bptt_whatever_the_encoder_was(tmp_path, data_dir, smt_run):
-    encoder = ["--encoder=causal", "--encoder_layers=2", "--register_layers=2"]
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "smt"), *encoder)
+    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "smt"), "--encoder=causal", "--encoder_layers=2")
     trained(train_bptt, *flags("bptt", data_dir, smt_run, tmp_path / "bptt"), f"--init_from={tmp_path / 'smt'}")
-    refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "other"), *encoder[:2], "--register_layers=1",
-                 f"--init_from={tmp_path / 'smt'}"), 1, "--register_layers=2")
 
 
-def test_a_trunk_reads_rows_and_documents_longer_than_its_registers_do(tmp_path, data_dir, smt_run):
-    trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path, "fables"), *ALL_OF_SMT(0, 0).split(), "--seq_len=20", "--eval_len=30")
+def test_a_trunk_reads_rows_and_documents_longer_than_its_context(tmp_path, data_dir, smt_run):
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path, "fables"), *TRUNK_FIRST(0).split()]
+    trained(train_smt, *arguments, "--seq_len=20", "--eval_len=30")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -685,9 +680,10 @@ runtime.run_main(main)
 
 
 def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_dir, smt_run):
-    """All pairs of runs of the same global batch; the two processes talk through gloo."""
-    more = {"smt": ["--lambda_unif=0.1"], "smt-all": [*ALL_OF_SMT(1, 1).split(), "--lambda_unif=0.1"], "dmt": ["--horizon=6", "--persistent"],
-            "dmt-all": ALL_OF_DMT, "transformer": []}
+    """Runs of the same global batch; the two processes talk through gloo. Uniformity is that within a micro-batch: with it one
+    process, whose batch is whole, trains otherwise."""
+    more = {"smt": ["--lambda_unif=0"], "smt-trunk": [*TRUNK_FIRST(2).split(), "--lambda_unif=0"],
+            "smt-unif": ["--lambda_unif=0.1"], "dmt": ["--horizon=6"], "dmt-stride": ["--label_stride=2"], "transformer": []}
     stages = {name: name.split("-")[0] for name in more}
     cases = {name: [*flags(stages[name], data_dir, smt_run, "", "fables"), "--seq_len=16", *some] for name, some in more.items()}
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -701,16 +697,16 @@ def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_di
     for name, case in cases.items():
         for kind, more in (("1", []), ("accumulated", ["--grad_accum=2"])):
             trained(TRAIN[stages[name]], *case, "--eval_interval=2", f"--out_dir={tmp_path / name}-{kind}", *more)
-        one = checkpoint(Path(f"{tmp_path / name}-1"))
-        assert name != "dmt" or one[".memory"].shape[0] == 16
-        for kind in ("2", "accumulated"):
-            folder = Path(f"{tmp_path / name}-{kind}")
-            for a, b in zip(metrics(Path(f"{tmp_path / name}-1")), metrics(folder), strict=True):
-                assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-            other = checkpoint(folder)
+        for first, second in (("accumulated", "2"), *([("1", "2")] if name != "smt-unif" else [])):
+            one, other = (Path(f"{tmp_path / name}-{kind}") for kind in (first, second))
+            for a, b in zip(metrics(one), metrics(other), strict=True):
+                assert a.keys() == b.keys()
+                for term in a.keys() - ({"loss_unif"} if first == "1" else set()):
+                    assert a[term] == pytest.approx(b[term], rel=1e-5, abs=1e-6), term
+            one, other = checkpoint(one), checkpoint(other)
             assert one.keys() == other.keys()
             for key, value in one.items():
-                if key.startswith((".model.", ".memory", ".initial_memory")) and value.is_floating_point():
+                if key.startswith((".model.", ".initial_memory")) and value.is_floating_point():
                     torch.testing.assert_close(other[key], value, rtol=0, atol=1e-5, msg=lambda m: f"{key}: {m}")
 
 
@@ -726,10 +722,7 @@ def test_every_documented_command_is_one_that_its_script_takes(path):
         if name == "reproduce":                     # its flags come after the names of experiments
             script.command_line(shlex.split(arguments))
             continue
-        config = runtime.parse(script.Config, shlex.split(arguments), getattr(script, "PRESETS", None))
-        if getattr(config, "persistent", False):    # a row holds the past of a stream, too
-            smt = runtime.parse(train_smt.Config, [f"--dataset={config.dataset}"], train_smt.PRESETS)
-            assert 0 < config.horizon < (config.seq_len or smt.context_len), arguments
+        runtime.parse(script.Config, shlex.split(arguments), getattr(script, "PRESETS", None))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
