@@ -198,7 +198,7 @@ def update(module, optimizers, config, run, *batch):
     with run.autocast():
         loss, _ = module(*batch)
     loss.backward()
-    runtime.optimizer_step(optimizers, config.lr, config.grad_clip)
+    runtime.optimizer_step(optimizers, config.lr)
 
 
 def dmt(config, smt_config, data, run, note, spent):

@@ -27,7 +27,7 @@ def forward_flops(config, vocab_size, T, S):
     future = longest - longest * (longest - 1) // (2 * T)                       # targets up to the row's end, on average
     decoded, last = K + future - 1, 2 * d * vocab_size
     trunk = mix(T + 1) + stack(config.encoder_layers, T + 1, seen)
-    slots = 2 * d * (K - 1) * (T + 1 + S * (T + 1)) + S * 2 * d * d
+    slots = 2 * d * (K - 1) * (T + 1) * (1 + S) + S * 2 * d * d
     return {"encoder": S * (mix(config.context_len) + stack(config.encoder_layers, window, window, K)) if config.encoder == "window"
                        else trunk + slots,
             "trunk": trunk + T * last,

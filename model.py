@@ -196,7 +196,7 @@ class Encoder(nn.Module):
 class CausalEncoder(nn.Module):
     """E_phi of ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), as Encoder.
 
-    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], has a state h_j after each token. K - 1 memory tokens are slots:
+    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], has a normalised state h_j after each token. K - 1 memory tokens are slots:
     slot k is a gated average of the embeddings e_j, which the decoder reads as its own tokens; the last memory token is the present.
 
         g_j = sigmoid(w_k . h_j + b_k),    m_k(t) = normalise(sum_{j <= t} g_j prod_{j < i <= t} (1 - g_i) e_j),    m_K(t) = normalise(e_t + W h_t)
@@ -222,15 +222,15 @@ class CausalEncoder(nn.Module):
     def forward(self, x, t, trunk=None):
         """trunk: that of x, if it is known already."""
         e, h = self.trunk(x) if trunk is None else trunk
-        h = normalise(h)
-        end = (t + 1).to(h.device)                                                      # the place of x_t
+        h, end = normalise(h), (t + 1).to(h.device)                                     # x_t is at place t + 1
         gate = at_least_float32(self.gate(h)).transpose(1, 2)                           # (B, K-1, T+1)
         log_write, log_hold = F.logsigmoid(gate), F.logsigmoid(-gate)
-        held = log_hold.cumsum(2)                                                       # log prod_{i <= j} (1 - g_i)
-        log_weight = held[:, :, end, None] + (log_write - held)[:, :, None]             # (B, K-1, S, T+1)
+        survival = log_hold.cumsum(2)                                                   # log prod_{i <= j} (1 - g_i)
+        log_weight = survival[:, :, end, None] + (log_write - survival)[:, :, None]     # (B, K-1, S, T+1)
         past = torch.arange(h.shape[1], device=h.device) <= end[:, None]                # (S, T+1)
         slots = log_weight.masked_fill(~past, -torch.inf).exp().type_as(e) @ e[:, None]          # (B, K-1, S, d)
-        return normalise(torch.cat([slots.transpose(1, 2), (e[:, end] + self.present(h[:, end]))[:, :, None]], dim=2))
+        present = e[:, end] + self.present(h[:, end])
+        return normalise(torch.cat([slots.transpose(1, 2), present[:, :, None]], dim=2))
 
 
 class Decoder(nn.Module):

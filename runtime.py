@@ -79,12 +79,9 @@ class RunConfig:
     max_iters: int = 1000       # optimiser steps
     batch_size: int = 32        # rows per step, over all processes
     grad_accum: int = 1         # micro-batches per step and process; saves memory
-    optimizer: str = "adamw"    # adamw, or muon: Muon for hidden matrices, AdamW for the others
+    optimizer: str = "adamw"    # adamw, or muon: Muon for the matrices of Transformers, AdamW for the others
     lr: float = 1e-3            # peak learning rate
     lr_decay: str = "cosine"    # after the warm-up (SMT: after the trunk's phase): constant, or cosine down to a tenth
-    warmup: float = 0.01        # share of the steps over which the learning rate rises
-    weight_decay: float = 0.01  # of what has two dimensions; gains, biases and embeddings are not decayed
-    grad_clip: float = 1.0      # greatest norm of the gradient; 0: no clipping
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
     eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
@@ -99,8 +96,6 @@ class RunConfig:
         for name, kinds in (("lr_decay", ("constant", "cosine")), ("optimizer", ("adamw", "muon"))):
             if getattr(self, name) not in kinds:
                 raise UsageError(f"--{name} is {' or '.join(kinds)}, not {getattr(self, name)!r}")
-        if not 0 <= self.warmup <= 1 or not self.weight_decay >= 0 or not self.grad_clip >= 0:
-            raise UsageError("--warmup is a share from 0 to 1; --weight_decay and --grad_clip are not negative")
 
 
 def field_comments(cls):
@@ -218,14 +213,6 @@ class Run:
             for p in networks.parameters():
                 if p.grad is not None:
                     dist.all_reduce(p.grad)
-
-    def gather(self, tensor):
-        """The rows of all processes, one after the other: (B / world, ..) -> (B, ..)."""
-        if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
 
     def should_stop(self, step):
         """Whether SIGINT or SIGTERM arrived. Several processes agree on it at some steps only, as it costs a synchronisation; but
@@ -371,12 +358,10 @@ def begin(run, config, data, networks, optimizers, fixed=()):
         load_weights(networks, checkpoint["model"], run.checkpoint_path)
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                decays = [group["weight_decay"] for group in optimizer.param_groups]
-                optimizer.load_state_dict(state)            # it brings the decay of before, too
-                for group, decay in zip(optimizer.param_groups, decays):
-                    group["weight_decay"] = decay
+                optimizer.load_state_dict(state)
         except (KeyError, ValueError):
-            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}, or --optimizer: its optimiser does not fit") from None
+            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}, or another --optimizer: "
+                            "its optimiser does not fit") from None
         step, run.spent = checkpoint["step"], checkpoint["spent"]
         if step > config.max_iters:
             raise UsageError(f"--resume: the run is at step {step} already, beyond --max_iters={config.max_iters}")
@@ -499,6 +484,9 @@ def capture(function, module, tensors):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimisation
 
+WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.01, 0.01, 1.0       # share of the steps; of matrices; greatest norm of the gradient
+
+
 def at_least_float32(x):
     """bf16 to float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -533,28 +521,28 @@ def micro_step(module, last):
 
 
 def optimizers(networks, config):
-    """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW of the others.
+    """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the Transformers' matrices and AdamW of the others.
 
-    Hidden matrices are the weights of nn.Linear but for heads and gates, which answer with logits. They are decayed, as heads and
-    gates are. Muon (Jordan et al. 2024) orthogonalises each step, and has AdamW's learning rate: its steps are scaled to AdamW's size.
+    Matrices are decayed but for embeddings. Muon (Jordan et al. 2024) orthogonalises each step, and takes AdamW's learning rate: its
+    steps are scaled to AdamW's size. It computes in bf16, which on many CPUs would take minutes for an updater's large matrices.
     """
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
-    hidden = {id(m.weight) for name, m in networks.named_modules()
-              if isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")} if config.optimizer == "muon" else set()
-    rest = [p for p in parameters if id(p) not in hidden]
-    decays = [config.weight_decay if p.dim() >= 2 and id(p) not in embeddings else 0.0 for p in rest]
-    groups = [{"params": [p for p, own in zip(rest, decays) if own == decay], "weight_decay": decay} for decay in dict.fromkeys(decays)]
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    found = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
-    if matrices := [p for p in parameters if id(p) in hidden]:
-        found.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    blocks = {id(p) for name, p in networks.named_parameters() if ".blocks." in name and p.dim() == 2} if config.optimizer == "muon" else set()
+    groups = {WEIGHT_DECAY: [], 0.0: []}
+    for p in parameters:
+        if id(p) not in blocks:
+            groups[WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0].append(p)
+    groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    found = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=parameters[0].device.type in ("cpu", "cuda"))]
+    if matrices := [p for p in parameters if id(p) in blocks]:
+        found.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
 def learning_rate(step, config, decay_from=0):
     """Linear warm-up to config.lr, then constant, or, from the step `decay_from` on, a cosine down to a tenth of it at max_iters."""
-    warmup = max(1, round(config.warmup * config.max_iters))
+    warmup = max(1, round(WARMUP * config.max_iters))
     if step < warmup:
         return config.lr * (step + 1) / warmup
     begin = max(warmup, decay_from)
@@ -564,10 +552,10 @@ def learning_rate(step, config, decay_from=0):
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def optimizer_step(optimizers, lr, grad_clip):
+def optimizer_step(optimizers, lr):
     """Clip, step, forget the gradients; returns their norm before clipping, a tensor: nothing is synchronised."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], GRAD_CLIP)
     for group in groups:
         group["lr"] = lr
     for optimizer in optimizers:

@@ -130,7 +130,7 @@ def main():
                 (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
         lr = runtime.learning_rate(step, config)
-        grad_norm = runtime.optimizer_step(optimizers, lr, config.grad_clip)
+        grad_norm = runtime.optimizer_step(optimizers, lr)
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)
 

@@ -42,7 +42,7 @@ class Config(RunConfig):
 
 
 PRESETS = {
-    "tiny": dict(optimizer="muon", batch_size=8, max_iters=400, lr=2e-3, lambda_dyn=1.0, p_start=0.9, eval_interval=100),
+    "tiny": dict(optimizer="muon", batch_size=8, max_iters=500, lr=2e-3, lambda_dyn=1.0, p_start=0.9, eval_interval=100),
     **{f"tiny/{name}": dict(seq_len=256, p_start=0.5) for name in ("tinystories", "text")},
     "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
@@ -174,7 +174,7 @@ def main():
                 (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
             run.count(losses)
         lr = runtime.learning_rate(step, config)
-        grad_norm = runtime.optimizer_step(optimizers, lr, config.grad_clip)
+        grad_norm = runtime.optimizer_step(optimizers, lr)
         flops, sequential_flops = dmt_flops(config, model_config, networks, data.vocab_size, T, len(begins), h, len(labelled))
         run.spend(tokens=config.batch_size * len(begins) * h, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr)

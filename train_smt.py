@@ -43,12 +43,15 @@ class Config(ModelConfig, RunConfig):
             raise UsageError("--positions is at least 1, --trunk_iters and --seq_len at least 0, --p_start from 0 to 1")
         if self.trunk_iters and self.encoder != "causal":
             raise UsageError("the window encoder has no trunk: --encoder=window takes --trunk_iters=0")
+        if self.trunk_iters >= self.max_iters and not self.init_from:
+            raise UsageError(f"--trunk_iters={self.trunk_iters} leaves no step to SMT: it must be below --max_iters={self.max_iters}")
 
 
-CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", p_start=0.9)
+CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon")
 PRESETS = {
     "tiny": dict(CAUSAL, d_model=64, n_heads=4, memory_tokens=8, encoder_layers=2, decoder_layers=2, conv_width=8, context_len=220,
-                 future_len=200, positions=8, trunk_iters=600, batch_size=4, max_iters=1500, lr=3e-3, eval_interval=300, log_interval=50),
+                 future_len=200, positions=8, trunk_iters=900, batch_size=4, max_iters=2200, lr=3e-3, p_start=0.9,
+                 eval_interval=300, log_interval=50),
     **{f"tiny/{name}": dict(context_len=128, seq_len=256, future_len=64, p_start=0.5, trunk_iters=1500, max_iters=4000)
        for name in ("tinystories", "text")},
     "small": dict(CAUSAL, d_model=128, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=3, conv_width=8, context_len=256,
@@ -147,7 +150,7 @@ def main():
     networks = build(config, data.vocab_size).to(run.device)
     optimizers = runtime.optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
-    first_step = runtime.begin(run, config, data, networks, optimizers, fixed=["trunk_iters"])
+    first_step = runtime.begin(run, config, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
     run.print(parameter_counts(networks))
 
     trunk_end = 0 if config.init_from else config.trunk_iters
@@ -183,7 +186,7 @@ def main():
         if step < trunk_end:
             run.sum_gradients(networks)
         lr = runtime.learning_rate(step, config, decay_from=trunk_end)
-        grad_norm = runtime.optimizer_step(optimizers, lr, config.grad_clip)
+        grad_norm = runtime.optimizer_step(optimizers, lr)
         flops, sequential_flops = smt_flops(config, networks, data.vocab_size, T, step < trunk_end)
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
         run.log_training(step + 1, grad_norm, lr, phase_ends=(trunk_end,))

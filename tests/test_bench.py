@@ -240,7 +240,7 @@ def test_a_step_is_the_loss_of_the_stage_and_an_optimiser_step(monkeypatch):
     optimizers = runtime.optimizers(networks, config)
     x, y, t = sample_batch(data, 0, 3, 4, 8, 2, config.p_start)
     train_smt.smt_loss(networks, x, y, t, train_smt.count_terms(x, y, t, config, data.pad), config)[0].backward()
-    runtime.optimizer_step(optimizers, config.lr, config.grad_clip)
+    runtime.optimizer_step(optimizers, config.lr)
     for own, reference in zip(seen[0].parameters(), networks.parameters(), strict=True):
         torch.testing.assert_close(own, reference, rtol=0, atol=0)
 

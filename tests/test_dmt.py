@@ -218,7 +218,7 @@ def test_a_run_moves_updater_and_readout_and_nothing_else(tmp_path, data_dir, sm
 
 def test_the_readout_begins_as_the_decoder_after_smt_and_as_itself_after_dmt(tmp_path, data_dir, smt_run):
     def readouts(source, folder):
-        after = run(folder, data_dir, source, "--dataset=retrieval", "--lr=1e-30", "--weight_decay=0")
+        after = run(folder, data_dir, source, "--dataset=retrieval", "--lr=1e-30")
         return {name[len("readout."):]: weight for name, weight in after["model"].items() if name.startswith("readout.")}
 
     before = torch.load(smt_run("retrieval") / "ckpt.pt", weights_only=True)["model"]

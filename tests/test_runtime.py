@@ -111,7 +111,7 @@ def test_a_wrong_flag_is_refused_in_one_line_that_names_the_nearest(script, argu
     ("--preset=huge", ["--preset is one of", "tiny", "'huge'"]), ("--preset=tiny/copy", ["--preset is one of", "'tiny/copy'"]),
     ("--lr=0", ["--lr"]), ("--lr=nan", ["--lr"]), ("--lr=fast", ["--lr", "float"]), ("--p_start=1.5", ["--p_start"]),
     ("--batch_size=0", ["--batch_size must be at least 1"]), ("--max_iters=1.5", ["--max_iters", "int"]),
-    ("--lr_decay=linear", ["--lr_decay is constant or cosine, not 'linear'"]), ("--warmup=2", ["--warmup"]),
+    ("--lr_decay=linear", ["--lr_decay is constant or cosine, not 'linear'"]),
     ("--optimizer=sgd", ["--optimizer is adamw or muon, not 'sgd'"]),
     ("--compile=perhaps", ["--compile"]), ("--device=gpu", ["--device", "'gpu'"]),
     ("--grad_accum=5 --batch_size=16", ["--batch_size=16 must be a multiple of processes x grad_accum = 1 x 5"])])
@@ -129,6 +129,8 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
     (train_smt, "--conv_width=0", "--conv_width must be at least 1"),
     (train_smt, "--encoder=window --trunk_iters=50", "--encoder=window takes --trunk_iters=0"),
     (train_smt, "--encoder=causal --trunk_iters=-10", "--trunk_iters and --seq_len at least 0"),
+    (train_smt, "--trunk_iters=900 --max_iters=500", "--trunk_iters=900 leaves no step to SMT: it must be below --max_iters=500"),
+    (train_smt, "--max_iters=600", "--trunk_iters=600 leaves no step to SMT"),                  # which the preset has
     (train_bptt, "--updater=lstm", "--updater is one of"), (train_bptt, "--truncate=-1", "--truncate"),
     (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0", "--label_stride at least 1"),
     (train_transformer, "--d_model=20", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
@@ -167,32 +169,34 @@ def test_every_preset_is_a_valid_config(script):
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning rate and optimiser
 
-def test_learning_rate_warms_up_then_decays_to_a_tenth_or_stays():
-    config = RunConfig(lr=2.0, max_iters=100, warmup=0.1)
+def test_learning_rate_warms_up_then_decays_to_a_tenth_or_stays(monkeypatch):
+    monkeypatch.setattr(runtime, "WARMUP", 0.1)
+    config = RunConfig(lr=2.0, max_iters=100)
     rates = [learning_rate(step, config) for step in range(101)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and rates[10] == 2.0
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[100] == pytest.approx(0.2) and rates[55] == pytest.approx(1.1)
     assert {learning_rate(step, replace(config, lr_decay="constant")) for step in range(10, 100)} == {2.0}
-    assert learning_rate(0, replace(config, warmup=0.0)) == 2.0
+    assert learning_rate(0, replace(config, max_iters=4)) == 2.0                   # its warm-up would be less than a step
     late = [learning_rate(step, config, decay_from=60) for step in range(101)]
     assert late[:10] == rates[:10] and set(late[10:61]) == {2.0} and late[80] == pytest.approx(1.1) and late[100] == pytest.approx(0.2)
 
 
 MATRICES = {                # of the networks, by the end of their names; what has a name of another end is not decayed
-    "hidden": ("qkv.weight", "out.weight", "up.weight", "down.weight", "mix.weight", "present.weight",
-               "layers.0.1.weight", "layers.0.3.weight"),
-    "others": ("head.weight", "gate.weight", "cell.weight_ih", "cell.weight_hh", "registers", "initial_memory")}
+    "blocks": ("qkv.weight", "out.weight", "up.weight", "down.weight"),
+    "others": ("mix.weight", "present.weight", "layers.0.1.weight", "layers.0.3.weight", "head.weight", "gate.weight",
+               "cell.weight_ih", "cell.weight_hh", "registers", "initial_memory")}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("sizes", [dict(encoder="causal", updater="mlp", conv_width=2), {}, dict(updater="gru")],
                          ids=["causal-mlp", "window-transformer", "window-gru"])
-def test_muon_gets_the_hidden_matrices_adamw_all_others_and_matrices_are_decayed_but_for_embeddings(sizes, optimizer):
+def test_muon_gets_the_matrices_of_blocks_adamw_the_rest_and_all_are_decayed_but_embeddings(monkeypatch, sizes, optimizer):
+    monkeypatch.setattr(runtime, "WEIGHT_DECAY", 0.5)
     networks = model.build(model.ModelConfig(d_model=8, n_heads=2, updater_layers=1, **sizes), 5)
     networks.initial_memory = torch.nn.Parameter(torch.randn(4, 8))                 # as BPTT has it
     networks["readout"].requires_grad_(False)                                       # what is frozen belongs to none
     names, trained_by, decay = {id(p): name for name, p in networks.named_parameters()}, {}, {}
-    found = runtime.optimizers(networks, RunConfig(optimizer=optimizer, weight_decay=0.5, lr=0.25))
+    found = runtime.optimizers(networks, RunConfig(optimizer=optimizer, lr=0.25))
     for one in found:
         for group in one.param_groups:
             assert group["lr"] == 0.25
@@ -200,32 +204,36 @@ def test_muon_gets_the_hidden_matrices_adamw_all_others_and_matrices_are_decayed
                 assert name not in trained_by, name
                 trained_by[name], decay[name] = type(one).__name__, group["weight_decay"]
     assert trained_by.keys() == {name for name in names.values() if not name.startswith("readout")}
-    hidden, others = ({name for name in trained_by if name.endswith(ends)} for ends in MATRICES.values())
-    assert {name for name, kind in trained_by.items() if kind == "Muon"} == (hidden if optimizer == "muon" else set())
+    blocks, others = ({name for name in trained_by if name.endswith(ends)} for ends in MATRICES.values())
+    assert {name for name, kind in trained_by.items() if kind == "Muon"} == (blocks if optimizer == "muon" else set())
     assert [type(one).__name__ for one in found] == ["AdamW", "Muon"][:len(found)]
-    assert {name for name, value in decay.items() if value == 0.5} == hidden | others and set(decay.values()) == {0.5, 0.0}
+    assert [group["weight_decay"] for group in found[0].param_groups] == [0.5, 0.0]
+    assert {name for name, value in decay.items() if value == 0.5} == blocks | others and set(decay.values()) == {0.5, 0.0}
+    inside = {f"{name}.{own}" for name, module in networks.named_modules() if isinstance(module, model.Block)
+              for own, p in module.named_parameters() if p.dim() == 2}
     linear = {f"{name}.weight" for name, module in networks.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert hidden == {name for name in linear & trained_by.keys() if name.split(".")[-2] not in ("head", "gate")}
+    assert blocks == inside & trained_by.keys() and linear & trained_by.keys() <= blocks | others
 
 
 def test_every_optimiser_steps_at_the_rate_it_is_given():
     networks = model.build(model.ModelConfig(d_model=8, n_heads=2, updater_layers=1), 5)
-    found = runtime.optimizers(networks, RunConfig(optimizer="muon", weight_decay=0.0, lr=1.0))
+    found = runtime.optimizers(networks, RunConfig(optimizer="muon", lr=1.0))
     for rate in (1e-3, 0.0):
         before = [p.detach().clone() for p in networks.parameters()]
         for p in networks.parameters():
             p.grad = torch.randn_like(p)
-        runtime.optimizer_step(found, rate, 0.0)
+        runtime.optimizer_step(found, rate)
         for p, old in zip(networks.parameters(), before):
             assert p.grad is None and (p - old).square().mean().sqrt().item() == pytest.approx(rate, rel=0.9, abs=1e-9)
 
 
-@pytest.mark.parametrize("clip, expected", [(1.0, 1.0), (100.0, 5.0), (0.0, 5.0)])
-def test_gradients_are_clipped_and_the_norm_before_is_told(clip, expected):
+@pytest.mark.parametrize("clip, expected", [(1.0, 1.0), (100.0, 5.0)])
+def test_gradients_are_clipped_and_the_norm_before_is_told(monkeypatch, clip, expected):
+    monkeypatch.setattr(runtime, "GRAD_CLIP", clip)
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]                # each of an optimiser of its own
     for weight, gradient in zip(weights, (3.0, 4.0)):
         weight.grad = torch.tensor([gradient])
-    norm = runtime.optimizer_step([torch.optim.SGD([weight], lr=9.0) for weight in weights], 1.0, clip)
+    norm = runtime.optimizer_step([torch.optim.SGD([weight], lr=9.0) for weight in weights], 1.0)
     assert norm == 5 and all(weight.grad is None for weight in weights)
     assert torch.cat(weights).detach().norm().item() == pytest.approx(expected, rel=1e-4)
 
@@ -271,7 +279,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_was_not_bit_for_bit(t
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path, data_dir, smt_run):
     for folder, parts in (("whole", [6]), ("parts", [2, 4, 6])):
         for steps in parts:
-            trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / folder), "--warmup=0", "--eval_interval=2",
+            trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / folder), "--eval_interval=2",
                     f"--max_iters={steps}", f"--resume={steps > parts[0]}")
     assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
@@ -287,7 +295,7 @@ def test_resuming_needs_a_checkpoint_of_the_same_stage_and_architecture(tmp_path
     for stage in ("bptt", "dmt", "transformer"):
         refused(call(TRAIN[stage], *flags(stage, data_dir, smt_run, tmp_path / "run"), "--resume"), 1, "is of another stage, smt")
     result = call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), "--optimizer=muon", "--resume")
-    refused(result, 1, "or --optimizer")
+    refused(result, 1, "or another --optimizer")
     refused(call(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run", "fables"), "--resume"), 1, "was trained on retrieval")
     trained(train_smt, *flags("smt", data_dir, smt_run, tmp_path / "run"), "--resume")
 
@@ -309,15 +317,6 @@ def test_resuming_says_from_where_and_which_flags_are_others(tmp_path, data_dir,
     assert changed == "resumed at step 4; --max_iters=6, was 4; --lr=0.5, was 0.01"
 
 
-@pytest.mark.parametrize("optimizer, decays", [("adamw", [[0.0, 0.5]]), ("muon", [[0.0, 0.5], [0.5]])])
-def test_a_resumed_run_takes_the_weight_decay_it_is_given(tmp_path, data_dir, smt_run, optimizer, decays):
-    arguments = [*flags("smt", data_dir, smt_run, tmp_path), f"--optimizer={optimizer}"]
-    trained(train_smt, *arguments)
-    trained(train_smt, *arguments, "--resume", "--weight_decay=0.5", "--max_iters=6")
-    states = torch.load(tmp_path / "ckpt.pt", weights_only=True)["optimizers"]
-    assert [sorted(group["weight_decay"] for group in state["param_groups"]) for state in states] == decays
-
-
 def test_a_run_is_not_resumed_beyond_its_end(tmp_path, data_dir, smt_run):
     arguments = flags("smt", data_dir, smt_run, tmp_path)
     trained(train_smt, *arguments)
@@ -326,11 +325,12 @@ def test_a_run_is_not_resumed_beyond_its_end(tmp_path, data_dir, smt_run):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_a_run_of_a_version_with_fewer_flags_is_resumed_or_refused_in_one_line(tmp_path, data_dir, smt_run):
+def test_a_run_of_a_version_with_other_flags_is_resumed_or_refused_in_one_line(tmp_path, data_dir, smt_run):
     arguments = flags("smt", data_dir, smt_run, tmp_path)
     trained(train_smt, *arguments)
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    del content["config"]["positions"], content["config"]["warmup"]
+    del content["config"]["positions"], content["config"]["lr_decay"]
+    content["config"]["lambda_gone"] = 1.0
     torch.save(content, tmp_path / "ckpt.pt")
     trained(train_smt, *arguments, "--resume", "--max_iters=5")
     del content["model_config"]["n_heads"]
@@ -370,6 +370,22 @@ def test_a_run_whose_first_phase_would_end_elsewhere_is_not_resumed(tmp_path, da
     assert_same_bits(before, checkpoint(tmp_path))
     assert (tmp_path / "config.json").read_text() == told
     trained(train_smt, *arguments, "--resume", "--max_iters=6")
+
+
+def test_a_run_that_would_begin_with_other_weights_is_not_resumed(tmp_path, data_dir, smt_run):
+    """With --init_from there is no first phase: its steps would change their objective."""
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path / "a"), *TRUNK_FIRST(3).split()]
+    begun = [*arguments, f"--out_dir={tmp_path / 'b'}", f"--init_from={tmp_path / 'a'}"]
+    trained(train_smt, *arguments)
+    trained(train_smt, *begun, "--max_iters=2")
+    before, told = checkpoint(tmp_path / "b"), (tmp_path / "b" / "config.json").read_text()
+    refused(call(train_smt, *begun, "--init_from=", "--resume"), 2,
+            f"--resume goes on with the same --init_from: --init_from=, was {tmp_path / 'a'}")
+    refused(call(train_smt, *arguments, f"--init_from={tmp_path / 'b'}", "--max_iters=6", "--resume"), 2, "the same --init_from")
+    assert_same_bits(before, checkpoint(tmp_path / "b"))
+    assert (tmp_path / "b" / "config.json").read_text() == told
+    trained(train_smt, *begun, "--resume")
+    assert all("loss_dec" in line for line in metrics(tmp_path / "b") if "train_loss" in line)
 
 
 def test_what_the_log_has_an_evaluation_of_is_saved(tmp_path, monkeypatch, data_dir, smt_run):
@@ -544,13 +560,13 @@ def test_a_loss_that_became_nan_ends_the_run_in_one_line_and_the_last_checkpoint
     arguments = [*flags(stage, data_dir, smt_run, tmp_path), "--max_iters=50", "--eval_interval=2"]
     step = runtime.optimizer_step
 
-    def poisoned(optimizers, lr, grad_clip):
+    def poisoned(optimizers, lr):
         parameters = optimizers[0].param_groups[0]["params"]
         if poisoned.steps == 3:
             for parameter in parameters:
                 (parameter.grad if where == "gradient" else parameter.data).fill_(float("nan"))
         poisoned.steps += 1
-        return step(optimizers, lr, grad_clip)
+        return step(optimizers, lr)
 
     monkeypatch.setattr(runtime, "optimizer_step", poisoned)
     for where, log_interval, message in (("gradient", 1, "gradient's norm became nan before step 4"),
@@ -612,14 +628,14 @@ def test_a_log_line_averages_the_steps_of_one_phase(tmp_path, data_dir, smt_run)
     assert lines[0]["train_loss"] == pytest.approx(lines[0]["loss_trunk"])
 
 
-@pytest.mark.parametrize("max_iters, first_phase", [(3, True), (1, False)])
-def test_the_decoder_goes_on_from_the_trunk_after_its_phase(tmp_path, data_dir, smt_run, max_iters, first_phase):
-    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *TRUNK_FIRST(1).split()]
-    trained(train_smt, *arguments, f"--max_iters={max_iters}", "--lr=1e-9")
+@pytest.mark.parametrize("trunk_iters", [1, 0])
+def test_the_decoder_goes_on_from_the_trunk_after_its_phase(tmp_path, data_dir, smt_run, trunk_iters):
+    arguments = [*flags("smt", data_dir, smt_run, tmp_path), *TRUNK_FIRST(trunk_iters).split()]
+    trained(train_smt, *arguments, "--max_iters=2", "--lr=1e-9")
     weights = checkpoint(tmp_path)
     for name in ("embed.embed.weight", "embed.mix.weight", "transformer.blocks.0.qkv.weight", "transformer.blocks.0.down.weight"):
         same = torch.allclose(weights[f".model.encoder.{name}"], weights[f".model.decoder.{name}"], rtol=0, atol=1e-6)
-        assert same == first_phase, name
+        assert same == (trunk_iters > 0), name
 
 
 def test_a_run_that_begins_with_given_weights_has_no_first_phase(tmp_path, data_dir, smt_run):

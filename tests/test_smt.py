@@ -1,6 +1,4 @@
 """The SMT objective: its contexts, futures and targets against the stream, and each loss against plain loops in float64."""
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import randomise
