@@ -95,13 +95,16 @@ def read_from(networks, memory, x, t, n):
     return networks["decoder"](memory, x.gather(1, since))[:, -1].float()
 
 
-def measure_held(networks, x, y, t, distances):
+def measure_held(networks, x, y, t, distances, memories=None):
     """Amounts and weights of held_<n> at places t (S,): the loss of y_t that the decoder reads from m_{t-n} and x_{t-n+1..t}; and, where
-    there is a trunk, of held_full, which it reads from all of the past. The same targets: the differences are what memories lack."""
+    there is a trunk, of held_full, which it reads from all of the past. The same targets: the differences are what memories lack.
+
+    memories: a function of t, (S,) -> (N, S, K, d); the encoder's unless given.
+    """
     encoder, parts = networks["encoder"], {}
     for n in distances:
-        memory = encoder(x, t - n).flatten(0, 1)
-        logits = read_from(networks, memory, x.repeat_interleave(len(t), 0), t.repeat(len(x)), n)
+        memory = memories(t - n) if memories else encoder(x, t - n)
+        logits = read_from(networks, memory.flatten(0, 1), x.repeat_interleave(len(t), 0), t.repeat(len(x)), n)
         parts |= loss_of(f"held_{n}", logits.view(len(x), len(t), -1), y[:, t])
     if hasattr(encoder, "trunk"):
         parts |= loss_of("held_full", networks["decoder"].predict(encoder.trunk(x)[1][:, t + 1]).float(), y[:, t])

@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt,runs/retrieval-bptt --figures=runs/figures
 
+    held.png         loss against n, read by the decoder from the memory of n tokens earlier and the tokens since
     position.png     loss by position in the document, of the RNN and of encoder and decoder
     drift.png        squared error of the rolled-out memory over the variance of the encoder's, at each t
     length.png       documents of 1, 2, 4 and 8 times the trained length
@@ -28,11 +29,12 @@ import runtime
 import sample
 import tasks
 from data import IGNORE
-from evaluate import measure, ratio, spread, standard_error
-from model import build, normalise, roll_out
+from evaluate import PLACES, measure, measure_held, ratio, spread, standard_error
+from model import build, normalise, roll_out, roll_out_without_gradients
 from runtime import UsageError
 
 BUCKETS = 32                                  # groups of neighbouring positions in position.png, at most
+HELD_DOCS = 32                                # documents of held.png
 LENGTHS, LENGTH_DOCS = (1, 2, 4, 8), 64       # of length.png: multiples of the trained length; documents of each
 GRADIENT_DOCS, GRADIENT_STEPS = 16, 256       # of gradients.png: documents; last steps that the gradient goes back through
 MEMORY_DOCS, MEMORY_POINTS, PATHS, PATH_STEPS = 64, 1800, 3, 16     # of memory.png: documents, points, documents with arrows, arrows each
@@ -65,7 +67,7 @@ def measure_all(trained, data, x, y, seed):
     t = spread(torch.arange(end, device=x.device), 2 * BUCKETS)
     measured = [measure(run.networks, run.initial_memory, x[:, :end], y[:, :end], t) for run in trained]
     asked = (y[:, :end] != IGNORE).any(0).nonzero().flatten()
-    return {"position": position(trained, measured, asked, t), "drift": drift(trained, measured, t), "length": length(trained, data),
+    return {"held": held(trained, x[:HELD_DOCS, :end], y[:HELD_DOCS, :end]), "position": position(trained, measured, asked, t), "drift": drift(trained, measured, t), "length": length(trained, data),
             "gradients": gradients(trained, x, y, seed), "memory": memory(trained, x, y, data.meta),
             "cost": cost(trained, data.vocab_size, seed), "compute": compute(trained)}
 
@@ -88,6 +90,26 @@ def position(trained, measured, asked, t):
         if "teacher_loss" in found:
             lines.append(line([run.name], "encoder-decoder", *by_position(*found["teacher_loss"], t)))
     return {"lines": lines} if any(len(one["x"]) > 1 for one in lines) else {"skipped": "there are no targets at two positions"}
+
+
+@torch.no_grad()
+def held(trained, x, y):
+    """Loss against the distance n = 0, 1, 2, 4, .. of a memory from the target: of the encoder's memories and of the RNN's, and what the
+    trunk reads from the whole past, at the same targets of documents x, y (N, L)."""
+    asked, lines = (y != IGNORE).any(0).nonzero().flatten(), []
+    for run in (run for run in trained if "encoder" in run.networks and len(asked)):
+        most = min(run.config.future_len - 1, int(asked[-1]) + 1)
+        distances = [0] + [2 ** i for i in range(most.bit_length())]
+        t = spread(asked[asked >= distances[-1] - 1], PLACES)
+        rolled = roll_out_without_gradients(run.networks["updater"], run.initial_memory.expand(len(x), -1, -1), x)
+        rolled = torch.cat([run.initial_memory.expand(len(x), 1, -1, -1), rolled], dim=1)           # m_{-1} first
+        for part, memories in (("encoder-decoder", None), ("RNN", lambda t: rolled[:, t + 1])):
+            found = measure_held(run.networks, x, y, t, distances, memories)
+            lines.append(line([run.name], part, distances, [ratio(*found[f"held_{n}"]) for n in distances]))
+        if "held_full" in found:
+            lines.append(line([run.name], "whole past", distances, [ratio(*found["held_full"])] * len(distances)))
+    lines = [one for one in lines if len(one["x"]) > 1]
+    return {"lines": lines} if lines else {"skipped": "no checkpoint has a decoder of more than one target"}
 
 
 def drift(trained, measured, t):
@@ -361,7 +383,7 @@ def compute(trained):
 # How they are drawn
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")     # told apart by the colour-blind, too
-DASHES = {"encoder-decoder": "--", "one step": "--", "at initialisation": ":"}
+DASHES = {"encoder-decoder": "--", "whole past": ":", "one step": "--", "at initialisation": ":"}
 
 
 def canvas(title, panels=1, width=6.4, height=4.2, lines=1):
@@ -410,6 +432,18 @@ def draw_position(series, colours, meta):
     """Loss by position."""
     picture, (axis,) = canvas(f"{meta['name']}: loss by position in the document")
     draw_lines(axis, series["lines"], colours, "position t of the target, tokens", "loss, nats per target")
+    axis.set_ylim(bottom=0)
+    legend(picture, axis)
+    return picture
+
+
+def draw_held(series, colours, meta):
+    """Loss against the distance of the memory."""
+    picture, (axis,) = canvas(f"{meta['name']}: what a memory still holds n tokens later")
+    draw_lines(axis, series["lines"], colours, "n: tokens between the memory and the target", "loss, nats per target")
+    axis.set_xscale("symlog", base=2, linthresh=1)
+    ticks = sorted({n for one in series["lines"] for n in one["x"]})
+    axis.set_xticks(ticks, [f"{n:.0f}" for n in ticks])
     axis.set_ylim(bottom=0)
     legend(picture, axis)
     return picture
@@ -502,7 +536,7 @@ def draw_compute(series, colours, meta):
     return picture
 
 
-DRAW = {"position": draw_position, "drift": draw_drift, "length": draw_length, "gradients": draw_gradients, "memory": draw_memory,
+DRAW = {"held": draw_held, "position": draw_position, "drift": draw_drift, "length": draw_length, "gradients": draw_gradients, "memory": draw_memory,
         "cost": draw_cost, "compute": draw_compute}
 
 

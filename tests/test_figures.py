@@ -307,6 +307,26 @@ def test_a_run_goes_on_where_the_given_run_it_started_from_ended(tmp_path, monke
     assert "skipped" in figures.compute([trained(folder=tmp_path)])
 
 
+def test_held_reads_the_same_targets_from_memories_of_growing_distance_of_the_encoder_and_of_the_rnn():
+    run = trained()
+    x, y = torch.randint(V, (3, 9)), torch.randint(V, (3, 9))
+    lines = {one["part"]: one for one in figures.held([run], x, y)["lines"]}
+    distances = [0, 1, 2]                                                         # below future_len = 3, and powers of 2
+    assert all(one["x"] == distances for one in lines.values()) and {"encoder-decoder", "RNN"} <= lines.keys()
+    rolled = [run.initial_memory.expand(3, -1, -1)]
+    for token in x.unbind(1):
+        rolled.append(run.networks["updater"](rolled[-1], token))
+    for n in distances:
+        for part, memory in (("RNN", lambda i: rolled[i + 1]), ("encoder-decoder", lambda i: run.networks["encoder"](x, torch.tensor([i]))[:, 0])):
+            losses = []
+            for t in range(distances[-1] - 1, 9):
+                logits = run.networks["decoder"](memory(t - n), x[:, t - n + 1:t + 1])[:, -1].float()
+                losses.append(torch.nn.functional.cross_entropy(logits, y[:, t]))
+            assert lines[part]["y"][n] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5), (part, n)
+    assert "skipped" in figures.held([trained(names=("updater", "readout"))], x, y)
+    assert "skipped" in figures.held([run], x, torch.full_like(y, IGNORE))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing
 
