@@ -60,9 +60,9 @@ PRESETS = {
                   context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
                   lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
 }
-SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=150, batch_size=16, max_iters=1100, lr=2e-3,
+SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16, max_iters=1300, lr=2e-3,
                  eval_interval=200)
-TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(memory_tokens=8, max_iters=1400)}
+TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(memory_tokens=8, max_iters=1600)}
 PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
