@@ -79,9 +79,9 @@ class RunConfig:
     max_iters: int = 1000       # optimiser steps
     batch_size: int = 32        # rows per step, over all processes
     grad_accum: int = 1         # micro-batches per step and process; saves memory
-    optimizer: str = "adamw"    # adamw, or muon: Muon for the matrices of Transformers, AdamW for the others
+    optimizer: str = "adamw"    # adamw, or muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    lr_decay: str = "cosine"    # after the warm-up (SMT: after the trunk's phase): constant, or cosine down to a tenth
+    lr_decay: str = "cosine"    # after the warm-up (SMT: in the last third): constant, or cosine down to a tenth
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
     eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
@@ -485,6 +485,7 @@ def capture(function, module, tensors):
 # Optimisation
 
 WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.01, 0.01, 1.0       # share of the steps; of matrices; greatest norm of the gradient
+MUON_SIZE = 1 << 18     # weights of a matrix that Muon trains on a CPU, where a larger one may take seconds
 
 
 def at_least_float32(x):
@@ -521,21 +522,25 @@ def micro_step(module, last):
 
 
 def optimizers(networks, config):
-    """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the Transformers' matrices and AdamW of the others.
+    """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW of the others.
 
-    Matrices are decayed but for embeddings. Muon (Jordan et al. 2024) orthogonalises each step, and takes AdamW's learning rate: its
-    steps are scaled to AdamW's size. It computes in bf16, which on many CPUs would take minutes for an updater's large matrices.
+    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits; on a CPU those of MUON_SIZE at
+    most, as Muon computes in bf16. Matrices are decayed but for embeddings. Muon (Jordan et al. 2024) orthogonalises each step, and
+    takes AdamW's learning rate: its steps are scaled to AdamW's size.
     """
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
-    blocks = {id(p) for name, p in networks.named_parameters() if ".blocks." in name and p.dim() == 2} if config.optimizer == "muon" else set()
+    hidden = {id(m.weight) for name, m in networks.named_modules()
+              if isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")
+              and (m.weight.numel() <= MUON_SIZE or m.weight.device.type != "cpu")}
+    hidden = hidden if config.optimizer == "muon" else set()
     groups = {WEIGHT_DECAY: [], 0.0: []}
     for p in parameters:
-        if id(p) not in blocks:
+        if id(p) not in hidden:
             groups[WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0].append(p)
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
     found = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=parameters[0].device.type in ("cpu", "cuda"))]
-    if matrices := [p for p in parameters if id(p) in blocks]:
+    if matrices := [p for p in parameters if id(p) in hidden]:
         found.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"))
     return found
 

@@ -51,7 +51,8 @@ def model_config(config):
 PRESETS = {
     "tiny": dict(updater="mlp", d_model=64, n_heads=4, memory_tokens=8, updater_layers=1, decoder_layers=2, context_len=220,
                  p_start=0.9, batch_size=16, max_iters=400, lr=2e-3, eval_interval=100),
-    **{f"tiny/{name}": dict(context_len=128, seq_len=256, p_start=0.5) for name in ("tinystories", "text")},
+    **{f"tiny/{name}": dict(d_model=128, memory_tokens=4, decoder_layers=3, context_len=128, seq_len=256, p_start=0.5)
+       for name in ("tinystories", "text")},
     "small": dict(updater="mlp", d_model=128, n_heads=4, memory_tokens=8, updater_layers=1, decoder_layers=3, context_len=256,
                   batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4, context_len=256,

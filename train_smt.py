@@ -50,10 +50,10 @@ class Config(ModelConfig, RunConfig):
 CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon")
 PRESETS = {
     "tiny": dict(CAUSAL, d_model=64, n_heads=4, memory_tokens=8, encoder_layers=2, decoder_layers=2, conv_width=8, context_len=220,
-                 future_len=200, positions=8, trunk_iters=900, batch_size=4, max_iters=2200, lr=3e-3, p_start=0.9,
-                 eval_interval=300, log_interval=50),
-    **{f"tiny/{name}": dict(context_len=128, seq_len=256, future_len=64, p_start=0.5, trunk_iters=1500, max_iters=4000)
-       for name in ("tinystories", "text")},
+                 future_len=200, positions=8, trunk_iters=900, batch_size=4, max_iters=3400, lr=3e-3, p_start=0.9,
+                 eval_interval=500, log_interval=50),
+    **{f"tiny/{name}": dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128, seq_len=256,
+                            future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2200) for name in ("tinystories", "text")},
     "small": dict(CAUSAL, d_model=128, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=3, conv_width=8, context_len=256,
                   future_len=200, positions=8, trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
@@ -185,7 +185,7 @@ def main():
             run.count(losses)
         if step < trunk_end:
             run.sum_gradients(networks)
-        lr = runtime.learning_rate(step, config, decay_from=trunk_end)
+        lr = runtime.learning_rate(step, config, decay_from=(trunk_end + 2 * config.max_iters) // 3)
         grad_norm = runtime.optimizer_step(optimizers, lr)
         flops, sequential_flops = smt_flops(config, networks, data.vocab_size, T, step < trunk_end)
         run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)

@@ -182,16 +182,17 @@ def test_learning_rate_warms_up_then_decays_to_a_tenth_or_stays(monkeypatch):
 
 
 MATRICES = {                # of the networks, by the end of their names; what has a name of another end is not decayed
-    "blocks": ("qkv.weight", "out.weight", "up.weight", "down.weight"),
-    "others": ("mix.weight", "present.weight", "layers.0.1.weight", "layers.0.3.weight", "head.weight", "gate.weight",
-               "cell.weight_ih", "cell.weight_hh", "registers", "initial_memory")}
+    "hidden": ("qkv.weight", "out.weight", "up.weight", "down.weight", "mix.weight", "present.weight"),
+    "large": ("layers.0.1.weight", "layers.0.3.weight"),
+    "others": ("head.weight", "gate.weight", "cell.weight_ih", "cell.weight_hh", "registers", "initial_memory")}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("sizes", [dict(encoder="causal", updater="mlp", conv_width=2), {}, dict(updater="gru")],
                          ids=["causal-mlp", "window-transformer", "window-gru"])
-def test_muon_gets_the_matrices_of_blocks_adamw_the_rest_and_all_are_decayed_but_embeddings(monkeypatch, sizes, optimizer):
+def test_muon_gets_the_hidden_matrices_adamw_the_rest_and_all_are_decayed_but_embeddings(monkeypatch, sizes, optimizer):
     monkeypatch.setattr(runtime, "WEIGHT_DECAY", 0.5)
+    monkeypatch.setattr(runtime, "MUON_SIZE", 512)                                  # of the MLP both layers are larger
     networks = model.build(model.ModelConfig(d_model=8, n_heads=2, updater_layers=1, **sizes), 5)
     networks.initial_memory = torch.nn.Parameter(torch.randn(4, 8))                 # as BPTT has it
     networks["readout"].requires_grad_(False)                                       # what is frozen belongs to none
@@ -204,15 +205,13 @@ def test_muon_gets_the_matrices_of_blocks_adamw_the_rest_and_all_are_decayed_but
                 assert name not in trained_by, name
                 trained_by[name], decay[name] = type(one).__name__, group["weight_decay"]
     assert trained_by.keys() == {name for name in names.values() if not name.startswith("readout")}
-    blocks, others = ({name for name in trained_by if name.endswith(ends)} for ends in MATRICES.values())
-    assert {name for name, kind in trained_by.items() if kind == "Muon"} == (blocks if optimizer == "muon" else set())
+    hidden, large, others = ({name for name in trained_by if name.endswith(ends)} for ends in MATRICES.values())
+    assert {name for name, kind in trained_by.items() if kind == "Muon"} == (hidden if optimizer == "muon" else set())
     assert [type(one).__name__ for one in found] == ["AdamW", "Muon"][:len(found)]
     assert [group["weight_decay"] for group in found[0].param_groups] == [0.5, 0.0]
-    assert {name for name, value in decay.items() if value == 0.5} == blocks | others and set(decay.values()) == {0.5, 0.0}
-    inside = {f"{name}.{own}" for name, module in networks.named_modules() if isinstance(module, model.Block)
-              for own, p in module.named_parameters() if p.dim() == 2}
+    assert {name for name, value in decay.items() if value == 0.5} == hidden | large | others and set(decay.values()) == {0.5, 0.0}
     linear = {f"{name}.weight" for name, module in networks.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert blocks == inside & trained_by.keys() and linear & trained_by.keys() <= blocks | others
+    assert hidden | large == {name for name in linear & trained_by.keys() if name.split(".")[-2] not in ("head", "gate")}
 
 
 def test_every_optimiser_steps_at_the_rate_it_is_given():
