@@ -11,9 +11,9 @@ Glossary: code, the paper's symbol, meaning
     Readout         g_theta       the RNN's output: predicts y_t from m_t
     context_len     T_c           tokens of past that the encoder reads (causal: that each layer looks back on)
     future_len      T_f           targets that the decoder predicts
+    registers                     the paper's encoder's K learned tokens, which read the past of t and become m_t
     trunk                         of the causal encoder (ours): a causal Transformer over [PAD, x_0 ..]; x_t is at its place t + 1
-    registers                     the encoder's K learned tokens, which read the past of t and become m_t
-    run                           k = --unroll steps of f, the first from a memory that is given, the others from its own (ours)
+    slots, present                the causal encoder's memory tokens: K - 1 gated averages of embeddings, and the last one
     V, PAD                        tokens are 0..V-1; PAD = V, "there is no token here", is one more entry of each embedding
 
 Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
@@ -172,7 +172,7 @@ def normalise(memory):
 # The four networks
 
 class Encoder(nn.Module):
-    """E_phi of the paper: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each t.
+    """E_phi, the paper's: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each t.
 
     x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone. No mask, one shape for a short
     past and for a sliding window. m_empty = E([PAD] * Tc).
@@ -194,7 +194,7 @@ class Encoder(nn.Module):
 
 
 class CausalEncoder(nn.Module):
-    """E_phi of ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), as Encoder.
+    """E_phi, ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), as Encoder.
 
     The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], has a normalised state h_j after each token. K - 1 memory tokens are slots:
     slot k is a gated average of the embeddings e_j, which the decoder reads as its own tokens; the last memory token is the present.

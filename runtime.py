@@ -485,7 +485,6 @@ def capture(function, module, tensors):
 # Optimisation
 
 WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.01, 0.01, 1.0       # share of the steps; of matrices; greatest norm of the gradient
-MUON_SIZE = 1 << 18     # weights of a matrix that Muon trains on a CPU, where a larger one may take seconds
 
 
 def at_least_float32(x):
@@ -521,19 +520,49 @@ def micro_step(module, last):
     return nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): SGD with Nesterov momentum whose step is orthogonalised, at the size of AdamW's steps (Liu et al. 2025).
+
+    torch.optim.Muon computes in bf16, for which a CPU without such instructions needs seconds a step; this one only on CUDA.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(state["momentum"], group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.type_as(p), alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
+def orthogonalise(matrix, steps=5):
+    """About U V^T of a matrix U S V^T (n, m), by the quintic Newton-Schulz iteration."""
+    x = matrix.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
+    x = x.T if len(x) > x.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+
 def optimizers(networks, config):
     """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW of the others.
 
-    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits; on a CPU those of MUON_SIZE at
-    most, as Muon computes in bf16. Matrices are decayed but for embeddings. Muon (Jordan et al. 2024) orthogonalises each step, and
-    takes AdamW's learning rate: its steps are scaled to AdamW's size.
+    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits. Matrices are decayed but for
+    embeddings.
     """
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
     hidden = {id(m.weight) for name, m in networks.named_modules()
-              if isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")
-              and (m.weight.numel() <= MUON_SIZE or m.weight.device.type != "cpu")}
-    hidden = hidden if config.optimizer == "muon" else set()
+              if isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")} if config.optimizer == "muon" else set()
     groups = {WEIGHT_DECAY: [], 0.0: []}
     for p in parameters:
         if id(p) not in hidden:
@@ -541,7 +570,7 @@ def optimizers(networks, config):
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
     found = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=parameters[0].device.type in ("cpu", "cuda"))]
     if matrices := [p for p in parameters if id(p) in hidden]:
-        found.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon(matrices, config.lr, WEIGHT_DECAY))
     return found
 
 

@@ -50,7 +50,7 @@ class Config(ModelConfig, RunConfig):
 CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon")
 PRESETS = {
     "tiny": dict(CAUSAL, d_model=64, n_heads=4, memory_tokens=8, encoder_layers=2, decoder_layers=2, conv_width=8, context_len=220,
-                 future_len=200, positions=8, trunk_iters=900, batch_size=4, max_iters=3400, lr=3e-3, p_start=0.9,
+                 future_len=200, positions=8, trunk_iters=900, batch_size=4, max_iters=2500, lr=3e-3, p_start=0.9,
                  eval_interval=500, log_interval=50),
     **{f"tiny/{name}": dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128, seq_len=256,
                             future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2200) for name in ("tinystories", "text")},

@@ -182,8 +182,8 @@ def test_learning_rate_warms_up_then_decays_to_a_tenth_or_stays(monkeypatch):
 
 
 MATRICES = {                # of the networks, by the end of their names; what has a name of another end is not decayed
-    "hidden": ("qkv.weight", "out.weight", "up.weight", "down.weight", "mix.weight", "present.weight"),
-    "large": ("layers.0.1.weight", "layers.0.3.weight"),
+    "hidden": ("qkv.weight", "out.weight", "up.weight", "down.weight", "mix.weight", "present.weight",
+               "layers.0.1.weight", "layers.0.3.weight"),
     "others": ("head.weight", "gate.weight", "cell.weight_ih", "cell.weight_hh", "registers", "initial_memory")}
 
 
@@ -192,7 +192,6 @@ MATRICES = {                # of the networks, by the end of their names; what h
                          ids=["causal-mlp", "window-transformer", "window-gru"])
 def test_muon_gets_the_hidden_matrices_adamw_the_rest_and_all_are_decayed_but_embeddings(monkeypatch, sizes, optimizer):
     monkeypatch.setattr(runtime, "WEIGHT_DECAY", 0.5)
-    monkeypatch.setattr(runtime, "MUON_SIZE", 512)                                  # of the MLP both layers are larger
     networks = model.build(model.ModelConfig(d_model=8, n_heads=2, updater_layers=1, **sizes), 5)
     networks.initial_memory = torch.nn.Parameter(torch.randn(4, 8))                 # as BPTT has it
     networks["readout"].requires_grad_(False)                                       # what is frozen belongs to none
@@ -205,13 +204,28 @@ def test_muon_gets_the_hidden_matrices_adamw_the_rest_and_all_are_decayed_but_em
                 assert name not in trained_by, name
                 trained_by[name], decay[name] = type(one).__name__, group["weight_decay"]
     assert trained_by.keys() == {name for name in names.values() if not name.startswith("readout")}
-    hidden, large, others = ({name for name in trained_by if name.endswith(ends)} for ends in MATRICES.values())
+    hidden, others = ({name for name in trained_by if name.endswith(ends)} for ends in MATRICES.values())
     assert {name for name, kind in trained_by.items() if kind == "Muon"} == (hidden if optimizer == "muon" else set())
     assert [type(one).__name__ for one in found] == ["AdamW", "Muon"][:len(found)]
     assert [group["weight_decay"] for group in found[0].param_groups] == [0.5, 0.0]
-    assert {name for name, value in decay.items() if value == 0.5} == hidden | large | others and set(decay.values()) == {0.5, 0.0}
+    assert {name for name, value in decay.items() if value == 0.5} == hidden | others and set(decay.values()) == {0.5, 0.0}
     linear = {f"{name}.weight" for name, module in networks.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert hidden | large == {name for name in linear & trained_by.keys() if name.split(".")[-2] not in ("head", "gate")}
+    assert hidden == {name for name in linear & trained_by.keys() if name.split(".")[-2] not in ("head", "gate")}
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_muon_makes_the_steps_of_torchs_muon_which_computes_in_bf16(shape):
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizers = runtime.Muon([ours], lr=0.1, weight_decay=0.5), torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        before = ours.detach().clone()
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        moved = (ours - before * 0.95).detach()
+        assert moved.square().mean().sqrt().item() == pytest.approx(0.1 * 0.2, rel=0.4)
+        assert (ours - theirs).norm() < 0.1 * moved.norm()
 
 
 def test_every_optimiser_steps_at_the_rate_it_is_given():
