@@ -35,8 +35,8 @@ class Config:
     eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
     ngrams: int = 0             # also n-gram models of the training text, up to this order (text only)
     num_samples: int = 100      # fables: stories to generate, to count in how many the facts are kept
-    temperature: float = 1.0    # of these stories
-    seed: int = 0               # of these stories
+    temperature: float = 1.0    # fables: of the generated stories
+    seed: int = 0               # fables: of the generated stories
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
     figures: str = ""           # folder to draw the figures into
     json: str = ""              # file to write the numbers to, and what the figures show
@@ -202,7 +202,8 @@ def fact_losses(networks, initial_memory, x, distances=(0, 12, 60)):
 
     for row in x:
         row = row[row < fables.VOCAB_SIZE]                  # without PAD
-        facts = fables.returns(bytes(row[1:].tolist()).decode("ascii"))
+        story = bytes(row[1:].tolist()).decode("ascii")
+        facts = fables.returns(story) if fables.facts(story) else {}        # --eval_len may have cut it off
         rolled = roll_out_without_gradients(networks["updater"], initial_memory[None], row[None])[0]
         places = torch.arange(-1, len(row), device=x.device)
         memories = networks["encoder"](row[None], places)[0] if "encoder" in networks else ()

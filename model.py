@@ -196,12 +196,14 @@ class Encoder(nn.Module):
 class CausalEncoder(nn.Module):
     """E_phi, ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), as Encoder.
 
-    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], has a normalised state h_j after each token. K - 1 memory tokens are slots:
-    slot k is a gated average of the embeddings e_j, which the decoder reads as its own tokens; the last memory token is the present.
+    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], makes of the embedding e_j of a token its state h_j. K - 1 memory tokens
+    are slots: slot k is a gated average of the embeddings, which the decoder reads as its own tokens. The last one is the present.
 
-        g_j = sigmoid(w_k . h_j + b_k),    m_k(t) = normalise(sum_{j <= t} g_j prod_{j < i <= t} (1 - g_i) e_j),    m_K(t) = normalise(e_t + W h_t)
+        g_j = sigmoid(w_k . normalise(h_j) + b_k)
+        m_k(t) = normalise(s_k(t)),    s_k(t) = sum_{j <= t} g_j prod_{j < i <= t} (1 - g_i) e_j
+        m_K(t) = normalise(e_t + W normalise(h_t))
 
-    A slot is Markov, as f must be: before the normalisation it is (1 - g_t) m_k(t-1) + g_t e_t. An open gate writes, a closed one holds.
+    Given gate and embedding a slot is Markov, as f must be: s_k(t) = (1 - g_t) s_k(t-1) + g_t e_t. An open gate writes, a closed one holds.
     """
 
     def __init__(self, config, vocab_size):
@@ -222,13 +224,14 @@ class CausalEncoder(nn.Module):
     def forward(self, x, t, trunk=None):
         """trunk: that of x, if it is known already."""
         e, h = self.trunk(x) if trunk is None else trunk
-        h, end = normalise(h), (t + 1).to(h.device)                                     # x_t is at place t + 1
-        gate = at_least_float32(self.gate(h)).transpose(1, 2)                           # (B, K-1, T+1)
-        log_write, log_hold = F.logsigmoid(gate), F.logsigmoid(-gate)
-        survival = log_hold.cumsum(2)                                                   # log prod_{i <= j} (1 - g_i)
-        log_weight = survival[:, :, end, None] + (log_write - survival)[:, :, None]     # (B, K-1, S, T+1)
-        past = torch.arange(h.shape[1], device=h.device) <= end[:, None]                # (S, T+1)
-        slots = log_weight.masked_fill(~past, -torch.inf).exp().type_as(e) @ e[:, None]          # (B, K-1, S, d)
+        h, end = normalise(h), (t + 1).to(h.device)                                     # x_t has the index t + 1
+        with torch.autocast(h.device.type, enabled=False):      # bf16 is too coarse for gates that hold for hundreds of tokens
+            e = at_least_float32(e)
+            gate = self.gate(h).transpose(1, 2)                                         # (B, K-1, T+1)
+            log_weight = F.logsigmoid(gate) - F.logsigmoid(-gate).cumsum(2)             # log g_j / prod_{i <= j} (1 - g_i)
+            past = torch.arange(h.shape[1], device=h.device) <= end[:, None]            # (S, T+1)
+            weight = log_weight[:, :, None].masked_fill(~past, -torch.inf).softmax(-1)  # s_k but for its length
+            slots = (weight.flatten(1, 2) @ e).unflatten(1, weight.shape[1:3])          # (B, K-1, S, d)
         present = e[:, end] + self.present(h[:, end])
         return normalise(torch.cat([slots.transpose(1, 2), present[:, :, None]], dim=2))
 
@@ -307,7 +310,7 @@ class Updater(nn.Module):
             self.cell = nn.GRUCell(d, size)
         if self.kind != "gru":
             self.gate = nn.Linear(d, 1)
-            nn.init.constant_(self.gate.bias, -1.0)         # mostly closed: what is held for long must hardly change in a step
+            nn.init.constant_(self.gate.bias, -1.0)         # rather closed: what is held for long must hardly change in a step
 
     def forward(self, memory, x):
         token = self.embed(x)

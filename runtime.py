@@ -81,7 +81,7 @@ class RunConfig:
     grad_accum: int = 1         # micro-batches per step and process; saves memory
     optimizer: str = "adamw"    # adamw, or muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    lr_decay: str = "cosine"    # after the warm-up (SMT: in the last third): constant, or cosine down to a tenth
+    lr_decay: str = "cosine"    # after the warm-up (SMT: in the last third after the trunk's steps): constant, or cosine down to a tenth
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
     eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)

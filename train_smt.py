@@ -30,7 +30,7 @@ UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, at most
 class Config(ModelConfig, RunConfig):
     """Flags of train_smt.py, on top of the shared ones."""
     seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
-    positions: int = 1              # positions S drawn in each row, each with all four losses
+    positions: int = 1              # positions S drawn in a step, the same in each row, each with all four losses
     p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
     trunk_iters: int = 0            # first steps, which train the causal encoder's trunk alone; none with --init_from
     lambda_dyn: float = 0.1         # weight of the dynamics loss
@@ -97,13 +97,13 @@ def smt_loss(networks, x, y, t, counts, config):
     micro-batches). Returns the sum, and what is logged of it.
     """
     encoder, updater, S, counts = networks["encoder"], networks["updater"], len(t), Counts(*counts.clamp(min=1))
-    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()
+    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()                       # of the window encoder there is none
     before, after = encoder(x, torch.cat([t - 1, t]), *trunk).split(S, dim=1)               # m_{t-1}, m_t: (B, S, K, d)
     predicted = updater(before.flatten(0, 1), x[:, t].flatten()).view_as(after)
 
     L_dec = decoder_loss(networks, after, x, y, t, config.future_len) / counts.futures
     L_dyn = squared_error(predicted, after, x[:, t] != encoder.pad) / counts.transitions
-    L_unif = uniformity(after.flatten(0, 2)) * len(x) / config.batch_size
+    L_unif = uniformity(after.flatten(0, 1)) * len(x) / config.batch_size
     L_read = readout_loss(networks, after.detach(), y[:, t]) / counts.readouts
     loss = L_dec + config.lambda_dyn * L_dyn + config.lambda_unif * L_unif + L_read
     losses = {"loss_dec": L_dec, "loss_dyn": L_dyn, "loss_unif": L_unif, "loss_read": L_read}
@@ -114,9 +114,10 @@ def smt_loss(networks, x, y, t, counts, config):
     return loss, {"train_loss": loss, **losses}
 
 
-def uniformity(memory):
-    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over the L2-normalised memory tokens of (n, d), a sample of them; 0 if all are the same."""
-    u = F.normalize(memory[::math.ceil(len(memory) / UNIFORMITY_TOKENS)], dim=-1)
+def uniformity(memories):
+    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over the L2-normalised memory tokens of a sample of memories (n, K, d); 0 if all are the same."""
+    stride = math.ceil(len(memories) * memories.shape[1] / UNIFORMITY_TOKENS)
+    u = F.normalize(memories[::stride].flatten(0, 1), dim=-1)
     if len(u) == 1:
         return u.new_zeros(())
     with torch.autocast(u.device.type, enabled=False):      # a product in bf16 would be too coarse where tokens are close
@@ -170,7 +171,7 @@ def main():
             networks["decoder"].start_from(networks["encoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions, config.p_start,
                                         run.rank, run.world_size)
-        t = t.to(run.device, non_blocking=True)
+        t = t.to(run.device)
         counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, rows in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             if step < trunk_end:                                # without DDP, which would wait for the gradients of all networks

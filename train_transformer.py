@@ -48,7 +48,7 @@ def model_config(config):
 PRESETS = {
     "tiny": dict(d_model=128, n_heads=4, decoder_layers=6, context_len=220, p_start=0.9,
                  batch_size=8, max_iters=3000, lr=3e-3, eval_interval=600, log_interval=50),
-    **{f"tiny/{name}": dict(context_len=128, seq_len=256, p_start=0.5) for name in ("tinystories", "text")},
+    **{f"tiny/{name}": dict(decoder_layers=9, context_len=128, seq_len=256, p_start=0.5) for name in ("tinystories", "text")},
     "small": dict(d_model=264, n_heads=4, decoder_layers=6, context_len=256,
                   batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, decoder_layers=12, context_len=256,

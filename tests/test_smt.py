@@ -148,9 +148,9 @@ def reference_losses(networks, x, y, t, settings):
                 read.append(nll(readout(after.detach()[None])[0], y[b, i]))
         if settings.encoder == "causal":
             trunk += [nll(decoder.predict(encoder.trunk(x[b:b + 1, :i + 1])[1][0, -1]), y[b, i]) for i in range(T) if y[b, i] != IGNORE]
-    memories = torch.cat(memories)
-    stride = -(-len(memories) // train_smt.UNIFORMITY_TOKENS)
-    terms = dict(dec=mean(dec), dyn=mean(dyn), read=mean(read), unif=reference_uniformity(memories[::stride]))
+    memories = torch.stack(memories)                                            # (n, K, d)
+    stride = -(-memories[..., 0].numel() // train_smt.UNIFORMITY_TOKENS)
+    terms = dict(dec=mean(dec), dyn=mean(dyn), read=mean(read), unif=reference_uniformity(memories[::stride].flatten(0, 1)))
     terms |= dict(trunk=mean(trunk)) if trunk else {}
     weights = dict(dyn=settings.lambda_dyn, unif=settings.lambda_unif)
     total = sum(weights.get(name, 1) * value for name, value in terms.items())
@@ -242,23 +242,24 @@ def test_every_parameter_gets_a_gradient_which_ddp_waits_for(future_len):
 
 def test_uniformity_is_that_of_the_paper_and_least_for_memories_far_apart():
     memory = torch.randn(7, 5, dtype=torch.float64)
-    torch.testing.assert_close(uniformity(memory), reference_uniformity(memory))
-    torch.testing.assert_close(uniformity(memory * torch.rand(7, 1) * 9), uniformity(memory))
-    assert abs(uniformity(torch.ones(4, 3))) < 1e-6
-    assert uniformity(torch.tensor([[1., 0], [-1, 0]])) == -8
+    torch.testing.assert_close(uniformity(memory[:, None]), reference_uniformity(memory))
+    torch.testing.assert_close(uniformity(memory[:, None] * torch.rand(7, 1, 1) * 9), uniformity(memory[:, None]))
+    assert abs(uniformity(torch.ones(4, 1, 3))) < 1e-6
+    assert uniformity(torch.tensor([[[1., 0], [-1, 0]]])) == -8
     one_place = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.grad(uniformity(one_place), one_place)[0].isfinite().all()
+    assert torch.autograd.grad(uniformity(one_place[:, None]), one_place)[0].isfinite().all()
     close = 1 + 0.1 * torch.randn(7, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(uniformity(close), u := uniformity(close)) and u.dtype == torch.float32
+        assert torch.equal(uniformity(close[:, None]), u := uniformity(close[:, None])) and u.dtype == torch.float32
     torch.testing.assert_close(u, reference_uniformity(close.double()).float(), rtol=1e-3, atol=0)
 
 
-def test_uniformity_looks_at_a_bounded_number_of_tokens():
-    for n, stride in ((512, 1), (513, 2), (1500, 3)):
-        memory = torch.randn(n, 4, dtype=torch.float64)
-        torch.testing.assert_close(uniformity(memory), uniformity(memory[::stride].clone()))
-        assert len(memory[::stride]) <= train_smt.UNIFORMITY_TOKENS
+def test_uniformity_looks_at_a_bounded_number_of_memories_and_at_all_tokens_of_each():
+    for n, stride in ((128, 1), (129, 2), (300, 3)):
+        memories = torch.randn(n, 4, 3, dtype=torch.float64, requires_grad=True)
+        gradient, = torch.autograd.grad(uniformity(memories), memories)
+        seen = gradient.abs().amax(-1) > 0
+        assert seen[::stride].all() and int(seen.sum()) == 4 * len(memories[::stride]) <= train_smt.UNIFORMITY_TOKENS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
