@@ -190,30 +190,28 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, e
 
 @torch.no_grad()
 def fact_losses(networks, initial_memory, x, distances=(0, 12, 60)):
-    """What memories hold of stories x (N, L) of fables: nats at the first letter of each fact where the last sentence mentions it.
+    """What memories hold of stories x (N, L) of fables: nats of each fact, all its letters together, where the last sentence mentions it.
 
-    {fact: {"0 back": .., "rnn": ..}}: the decoder reads from the encoder's memory of n tokens earlier, if the fact had been told by then,
-    and the tokens since; the readout reads the rolled-out RNN's own memory.
+    {fact: {"0 back": .., "rnn": ..}}: the decoder reads from the encoder's memory of n tokens before the fact, if the fact had been told by
+    then, and the tokens since; the readout reads the rolled-out RNN's own memories.
     """
     found = {}
-
-    def add(fact, column, logits, target):
-        found.setdefault(fact, {}).setdefault(column, []).append(float(F.cross_entropy(logits, target)))
-
     for row in x:
         row = row[row < fables.VOCAB_SIZE]                  # without PAD
         story = bytes(row[1:].tolist()).decode("ascii")
         facts = fables.returns(story) if fables.facts(story) else {}        # --eval_len may have cut it off
         rolled = roll_out_without_gradients(networks["updater"], initial_memory[None], row[None])[0]
-        places = torch.arange(-1, len(row), device=x.device)
-        memories = networks["encoder"](row[None], places)[0] if "encoder" in networks else ()
-        for fact, (told, back) in facts.items():            # character i is token i + 1: the token at `back` is the last before the fact
-            add(fact, "rnn", networks["readout"](rolled[back:back + 1]), row[back + 1:back + 2])
+        memories = networks["encoder"](row[None], torch.arange(-1, len(row), device=x.device))[0] if "encoder" in networks else ()
+        for fact, (told, begin, end) in facts.items():      # character i is token i + 1: the last one before the fact is token `begin`
+            logits = {"rnn": networks["readout"](rolled[begin:end])}
             for n in distances if len(memories) else ():
-                if back - n >= told and n < networks["decoder"].future_len:
-                    logits = read_from(networks, memories[back - n + 1][None], row[None], torch.tensor([back], device=x.device), n)
-                    add(fact, f"{n} back", logits, row[back + 1:back + 2])
-    return {fact: {column: sum(values) / len(values) for column, values in columns.items()} for fact, columns in found.items()}
+                if begin - n >= told and n + end - begin <= networks["decoder"].future_len:
+                    given = row[begin - n + 1:end][None]
+                    logits[f"{n} back"] = networks["decoder"](memories[begin - n + 1][None], given)[0, n:]
+            for column, letters in logits.items():
+                loss = float(F.cross_entropy(letters.float(), row[begin + 1:end + 1], reduction="sum"))
+                found.setdefault(fact, {}).setdefault(column, []).append(loss)
+    return {fact: {column: sum(losses) / len(losses) for column, losses in columns.items()} for fact, columns in found.items()}
 
 
 NGRAM_TOKENS = 20_000_000   # of the training text that the n-gram models count, at most
@@ -322,7 +320,7 @@ def main():
         if "updater" in run.networks:
             for fact, losses in fact_losses(run.networks, run.initial_memory, x[:FACT_STORIES]).items():
                 column["facts"][fact] |= losses
-        print(f"\n{run.name}: facts that the last sentence comes back to, of {len(stories)} generated stories, and nats at their first letter")
+        print(f"\n{run.name}: facts that the last sentence comes back to, of {len(stories)} generated stories, and nats of each")
         print(facts_table(column["facts"]))
     if not config.figures and not config.json:
         return

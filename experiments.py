@@ -249,7 +249,7 @@ def look_at_memories(run, checkpoint, place, name):
     x, _ = datasets.held_out(data, 64, 512, seed=0)
     t = torch.linspace(0, x.shape[1] - 1, min(16, x.shape[1])).long()
     memories = networks["encoder"](x, t)[x[:, t] != data.pad]                                       # (n, K, d)
-    uniformity = float(train_smt.uniformity(memories.flatten(0, 1)))
+    uniformity = float(train_smt.uniformity(memories))
     return [{**size, "uniformity": uniformity, "effective_rank": effective_rank(memories)}]
 
 

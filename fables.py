@@ -226,13 +226,14 @@ def sentences(story):
 
 
 def returns(story):
-    """{fact: (told, back)} of a story that the grammar has made, for the facts that its last sentence mentions: the place after the fact
-    where it is told, and the place where it comes back, its first letter."""
-    told, last, found = sentences(story), sentences(story)[-1], {}
+    """{fact: (told, begin, end)} of a story that the grammar has made, for the facts that its last sentence mentions: the place after the
+    fact where it is told, and where it comes back, story[begin:end]."""
+    *before, last = sentences(story)
+    found = {}
     for fact, (i, first_pattern, pattern) in RETURNING.items():
         if back := re.search(pattern, last):
-            before = sum(len(sentence) + 1 for sentence in told[:i])
-            found[fact] = before + re.search(first_pattern, told[i]).end(1), len(story) - len(last) + back.start(1)
+            told = sum(len(sentence) + 1 for sentence in before[:i]) + re.search(first_pattern, before[i]).end(1)
+            found[fact] = told, *(len(story) - len(last) + place for place in back.span(1))
     return found
 
 
