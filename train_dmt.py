@@ -43,7 +43,7 @@ class Config(RunConfig):
 
 PRESETS = {
     "tiny": dict(optimizer="muon", batch_size=8, max_iters=500, lr=2e-3, lambda_dyn=1.0, p_start=0.9, eval_interval=100),
-    **{f"tiny/{name}": dict(seq_len=256, p_start=0.5, max_iters=1000) for name in ("tinystories", "text")},
+    **{f"tiny/{name}": dict(seq_len=256, p_start=0.5, max_iters=800) for name in ("tinystories", "text")},
     "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
 }
