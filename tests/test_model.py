@@ -12,7 +12,7 @@ import model
 import sample
 from data import IGNORE, futures
 from flops import chain_flops, forward_flops
-from model import (Block, CausalEncoder, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, decoder_loss, empty_memory, normalise,
+from model import (Block, CausalEncoder, Decoder, Encoder, ModelConfig, Readout, Stem, Updater, build, decoder_loss, empty_memory,
                    parameter_counts, readout_loss, restore, roll_out, squared_error)
 from runtime import DataError, UsageError
 
