@@ -53,7 +53,7 @@ PRESETS = {
                  future_len=200, positions=8, trunk_iters=900, batch_size=4, max_iters=2500, lr=3e-3, p_start=0.9,
                  eval_interval=500, log_interval=50),
     **{f"tiny/{name}": dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128, seq_len=256,
-                            future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2200) for name in ("tinystories", "text")},
+                            future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400) for name in ("tinystories", "text")},
     "small": dict(CAUSAL, d_model=128, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=3, conv_width=8, context_len=256,
                   future_len=200, positions=8, trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,

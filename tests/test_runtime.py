@@ -130,7 +130,7 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(scrip
     (train_smt, "--encoder=window --trunk_iters=50", "--encoder=window takes --trunk_iters=0"),
     (train_smt, "--encoder=causal --trunk_iters=-10", "--trunk_iters and --seq_len at least 0"),
     (train_smt, "--trunk_iters=900 --max_iters=500", "--trunk_iters=900 leaves no step to SMT: it must be below --max_iters=500"),
-    (train_smt, "--max_iters=600", "--trunk_iters=600 leaves no step to SMT"),                  # which the preset has
+    (train_smt, "--max_iters=900", "--trunk_iters=900 leaves no step to SMT"),                  # which the preset has
     (train_bptt, "--updater=lstm", "--updater is one of"), (train_bptt, "--truncate=-1", "--truncate"),
     (train_dmt, "--horizon=-1", "--horizon"), (train_dmt, "--label_stride=0", "--label_stride at least 1"),
     (train_transformer, "--d_model=20", "--d_model=20 must be a multiple of 2 x n_heads = 8"),
