@@ -163,6 +163,15 @@ def test_a_slot_holds_what_it_wrote_while_its_gate_is_closed_however_long():
     assert changed(memory[0], memory[1]).max() > 0.1
 
 
+def test_slots_are_not_rounded_under_autocast():
+    encoder = build(config(encoder="causal"), V, ("encoder",))["encoder"]
+    x, t = tokens(2, T), torch.tensor([-1, 2, 6])
+    trunk = encoder.trunk(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = encoder(x, t, trunk)
+    assert torch.equal(found[:, :, :-1], encoder(x, t, trunk)[:, :, :-1]) and found.dtype == torch.float32
+
+
 @pytest.mark.parametrize("width", [2, 3, 9])
 def test_stem_equals_a_loop_over_the_last_tokens_and_so_do_its_gradients(width):
     stem, x = randomise(Stem(V, 8, width)), tokens(2, T)
