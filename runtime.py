@@ -1,68 +1,38 @@
-"""What every stage needs and the method does not: command line, device, precision, processes, learning rate, checkpoints, log.
+"""What every stage needs and the method does not: command line, device, precision, processes, optimisers, log, checkpoints.
 
 Nothing in here knows what a memory is. A train script uses it in this order:
 
-    config = runtime.parse(Config, presets=PRESETS)     the command line, from a frozen dataclass
-    run = runtime.start(config, "smt")                  device, precision, processes
-    module = runtime.distribute(networks, loss, run)    one module that returns the loss: DDP, torch.compile
-    first_step = runtime.begin(run, config, ...)        --resume or --init_from, the run's folder, signals
-    run.count(losses), run.log_training(step, ...)      one JSON object a line in metrics.jsonl
-    runtime.save(run, "smt", step, numbers, ...)        the checkpoint, atomically; then the evaluation's line
+    config = runtime.parse(Config, presets=PRESETS)         the command line, from a frozen dataclass
+    run = runtime.start(config, "smt")                      device, precision, processes
+    module = runtime.distribute(networks, loss, run)        one module that returns the loss: DDP, torch.compile
+    first_step = runtime.begin(run, data, networks, ...)    --resume or --init_from, the run's folder, signals
+    run.count(losses), run.log_training(step, ...)          one JSON object a line in metrics.jsonl
+    runtime.save(run, step, numbers, ...)                   the checkpoint, atomically; then the evaluation's line
+    run.end(step)                                           the exit status of a run that was stopped
 """
-import argparse
 import dataclasses
-import difflib
-import inspect
+import fcntl
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
-import types
-import typing
-import weakref
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-
-class UsageError(Exception):
-    """A bad argument: one line on stderr, exit status 2."""
-
-
-class DataError(Exception):
-    """Bad data or a bad file: one line on stderr, exit status 1."""
-
-
-def run_main(main):
-    """Call main(); a mistake of the user's becomes one line on stderr and an exit status, never a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # like Ctrl-C: what is half-written is removed
-    try:
-        main()
-    except (UsageError, DataError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]} A smaller --batch_size or a larger --grad_accum needs less.", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:  # `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
+from lib.checkpoints import check_data, load, load_weights, write_atomically
+from lib.cli import DataError, Stopped, UsageError, check_fields
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# Flags
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -70,94 +40,26 @@ class RunConfig:
     dataset: str = "fables"     # data set to train on; prepared first if it is missing (python data.py --help lists them)
     data_dir: str = "data"      # folder that holds the prepared data sets
     out_dir: str = ""           # folder of the run; empty: runs/<dataset>-<stage>
-    preset: str = ""            # sizes to start from: tiny, small or paper; empty: paper for tinystories, mnist and sketchy, else tiny
+    preset: str = ""            # sizes: tiny, small or paper; empty: tiny, but on CUDA paper for text and pictures
     seed: int = 1337            # seeds the initial weights, the batches and the positions
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
-    compile: bool | None = None  # torch.compile the training step; unset: on CUDA only
+    compile: bool | None = None  # torch.compile the training step; unset: on CUDA, from preset small upwards
     init_from: str = ""         # checkpoint (file or folder of a run) whose weights to start from
-    resume: bool = False        # continue the run in out_dir: with the same flags, bit for bit
+    resume: Literal["no", "yes", "auto"] = "no"     # continue the run in out_dir, bit for bit; auto: if there is one
     max_iters: int = 1000       # optimiser steps
     batch_size: int = 32        # rows per step, over all processes
     grad_accum: int = 1         # micro-batches per step and process; saves memory
-    optimizer: str = "adamw"    # adamw, or muon: Muon for hidden matrices, AdamW for the others
+    optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    lr_decay: str = "cosine"    # after the warm-up (SMT: in the last third after the trunk's steps): constant, or cosine down to a tenth
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
     eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
     log_interval: int = 10      # steps between log lines
 
     def __post_init__(self):
-        positive = "max_iters batch_size grad_accum eval_interval eval_docs eval_len log_interval".split()
-        for name in (n for n in positive if getattr(self, n) < 1):
-            raise UsageError(f"--{name} must be at least 1")
+        check_fields(self, "max_iters batch_size grad_accum eval_interval eval_docs eval_len log_interval")
         if not self.lr > 0:
             raise UsageError("--lr must be above 0")
-        for name, kinds in (("lr_decay", ("constant", "cosine")), ("optimizer", ("adamw", "muon"))):
-            if getattr(self, name) not in kinds:
-                raise UsageError(f"--{name} is {' or '.join(kinds)}, not {getattr(self, name)!r}")
-
-
-def field_comments(cls):
-    """The trailing `# comment` of every field of a dataclass and of those it inherits from: name -> comment."""
-    comments = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            comments |= dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(base), re.M))
-    return comments
-
-
-def parse_bool(text):
-    """true/false, yes/no, 1/0 in any case -> bool; ValueError otherwise."""
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise ValueError(text)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line."""
-
-    def error(self, message):
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def parse(Config, argv=None, presets=None):
-    """The command line as a Config (a frozen dataclass): defaults, then the preset's values, then the flags given.
-
-    A field's trailing comment is its --help. An unknown flag, a wrong type or a value that Config's __post_init__
-    refuses ends the program with status 2 and one line. presets: {name: {field: value}}; "<name>/<dataset>" adds to it.
-    """
-    hints, comments = typing.get_type_hints(Config), field_comments(Config)
-    doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
-    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(Config):
-        kind = next((t for t in typing.get_args(hints[f.name]) if t is not types.NoneType), hints[f.name])
-        default = "unset" if f.default in (None, "") else f.default
-        instead = f"; preset tiny: {presets['tiny'][f.name]}" if presets and f.name in presets["tiny"] else ""
-        text = f"{comments.get(f.name, '')} (default {default}{instead})".replace("%", "%%")
-        optional = dict(nargs="?", const=True, type=parse_bool) if kind is bool else dict(type=kind)
-        parser.add_argument(f"--{f.name}", metavar="true|false" if kind is bool else kind.__name__, default=None, help=text, **optional)
-
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag, [f"--{name}" for name in comments], n=1, cutoff=0.0)
-        parser.error(f"unknown argument {unknown[0]}; the nearest flag is {near[0]} (--help lists all)"
-                     if flag.startswith("-") else f"unexpected argument {unknown[0]!r}: flags are --name=value")
-    given = {name: value for name, value in vars(known).items() if value is not None}
-    if presets is not None:
-        dataset = given.get("dataset", Config.dataset)
-        name = given.get("preset") or ("paper" if dataset in ("tinystories", "mnist", "sketchy") else "tiny")
-        if name not in presets or "/" in name:
-            parser.error(f"--preset is one of {', '.join(p for p in presets if '/' not in p)}, not {name!r}")
-        given = presets[name] | presets.get(f"{name}/{dataset}", {}) | given | {"preset": name}
-    try:
-        return Config(**given)
-    except UsageError as error:
-        parser.error(str(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,18 +67,22 @@ def parse(Config, argv=None, presets=None):
 
 @dataclass
 class Run:
-    """One training run: its device, processes and output folder, what it has spent so far, and whether it was asked to stop."""
+    """One training run: its config, device, processes and folder, what it has spent, the signal that asked it to stop."""
+    config: RunConfig
+    stage: str
     device: torch.device
     rank: int
     world_size: int
     out_dir: Path
+    resume: bool
     compile: bool
-    log_interval: int
-    spent: dict = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "flops": 0, "sequential_flops": 0})
+    spent: dict = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0})
     clock: float = 0.0                                  # when `seconds` was last brought up to date
     sums: dict = field(default_factory=dict)            # of the losses since the last log line: tensors, not synchronised
-    since: dict = field(default_factory=lambda: {"step": 0, "tokens": 0, "seconds": 0.0})       # what had been spent then
-    stop_asked: bool = False
+    since: dict = field(default_factory=lambda: {"step": 0, "tokens": 0, "seconds": 0.0})       # the state at that line
+    signal: int = 0
+    bar: tqdm | None = None
+    lock: int | None = None                             # file descriptor of the locked folder
 
     @property
     def checkpoint_path(self):
@@ -186,17 +92,20 @@ class Run:
     def is_main(self):
         return self.rank == 0
 
-    def print(self, *args):
-        if self.is_main:
-            print(*args, flush=True)
+    def print(self, line):
+        """Print a line on the main process. A terminal that is gone, or a full disk behind it, does not stop a run."""
+        if self.is_main and sys.stdout:
+            with suppress(OSError, ValueError):
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
 
     def autocast(self):
-        """bf16 on CUDA, nothing elsewhere. Use one block per forward pass: casts of weights are cached inside a block."""
+        """bf16 on CUDA, nothing elsewhere. Use one block per forward pass: a block caches the casts of weights."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def first(self, function):
-        """Call function() on the main process while the others wait."""
-        if self.is_main:
+        """Call function() on the first process of each machine while the others wait."""
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             function()
         if self.world_size > 1:
             dist.barrier()
@@ -208,18 +117,25 @@ class Run:
         return tensor
 
     def sum_gradients(self, networks):
-        """Sum the gradients over all processes where a step does without DDP, which averages them."""
-        if self.world_size > 1:
-            for p in networks.parameters():
-                if p.grad is not None:
-                    dist.all_reduce(p.grad)
+        """Sum the gradients over all processes where a step does without DDP."""
+        for p in networks.parameters():
+            if p.grad is not None:
+                self.sum(p.grad)
 
     def should_stop(self, step):
-        """Whether SIGINT or SIGTERM arrived. Several processes agree on it at some steps only, as it costs a synchronisation; but
-        soon, since torchrun kills them after 30 seconds."""
-        if self.world_size == 1:
-            return self.stop_asked
-        return step % min(self.log_interval, 10) == 0 and self.sum(torch.tensor(float(self.stop_asked), device=self.device)).item() > 0
+        """Whether a signal arrived. Several processes agree on it in every second step: that costs a synchronisation."""
+        if self.world_size > 1 and step % 2 == 0:
+            arrived = self.sum(torch.tensor(self.signal, device=self.device)).item()
+            self.signal = self.signal or signal.SIGTERM * (arrived > 0)
+        return self.signal > 0 and (self.world_size == 1 or step % 2 == 0)
+
+    def end(self, step):
+        """After the last step: Stopped if a signal came before max_iters."""
+        if self.bar:
+            self.bar.close()
+        if step < self.config.max_iters:
+            self.print(f"stopped at step {step:,} of {self.config.max_iters:,}; --resume goes on")
+            raise Stopped(self.signal)
 
     # -- the log: one JSON object a line, one line on the terminal
 
@@ -236,33 +152,27 @@ class Run:
 
     def log(self, step, **numbers):
         """Append what was spent up to a step, and the numbers, to metrics.jsonl."""
-        if not self.is_main:
-            return
-        try:
+        if self.is_main:
             with open(self.out_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **self.spent, **numbers}) + "\n")
-        except OSError as error:
-            raise DataError(f"cannot write {self.out_dir / 'metrics.jsonl'}: {error.strerror}") from None
-
-    def spend(self, **amounts):
-        """Add tokens, flops and sequential_flops of a step to what the run has spent."""
-        for name, amount in amounts.items():
-            self.spent[name] += amount
 
     def count(self, losses):
         """Add the losses (tensors) of a micro-batch to the sums of the next log line, without synchronising."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
 
-    def log_training(self, step, grad_norm, lr, phase_ends=()):
-        """Every log_interval steps, and where a phase ends: the losses' means over the steps since the last line. DataError if they
-        are not finite."""
-        if step % self.log_interval and step not in phase_ends:
+    def log_training(self, step, tokens, grad_norm, lr, phase_ends=()):
+        """After a step of so many tokens. Every log_interval steps, and where a phase or the run ends, log the losses' means over
+        the steps since the last line. DataError if they are not finite."""
+        self.spent["tokens"] += tokens
+        if self.bar:
+            self.bar.update(step - self.bar.n)
+        if step % self.config.log_interval and step not in (*phase_ends, self.config.max_iters) and not self.signal:
             return
         self.read_clock()
         since, steps = self.since, step - self.since["step"]
         means = self.sum(torch.stack(list(self.sums.values()))) / steps
-        losses = {name: float(mean) for name, mean in zip(self.sums, means.tolist())}
+        losses = dict(zip(self.sums, means.tolist(), strict=True))
         for name, value in {"loss": losses["train_loss"], "gradient's norm": float(grad_norm)}.items():
             if not math.isfinite(value):
                 raise DataError(f"the {name} became {value} before step {step}; the last checkpoint stays as it was")
@@ -270,15 +180,10 @@ class Run:
         speed = round((self.spent["tokens"] - since["tokens"]) / seconds)
         self.log(step, **losses, grad_norm=float(grad_norm), lr=lr, tokens_per_second=speed)
         shown = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in losses.items())
-        self.print(f"step {step:6d}  {shown}  norm {float(grad_norm):.2f}  lr {lr:.1e}  "
-                   f"{seconds / steps * 1000:.0f} ms/step  {speed:,} tokens/s")
+        self.print(f"{step:>6}/{self.config.max_iters}  {shown}  norm {float(grad_norm):.2f}  lr {lr:.1e}  "
+                   f"{seconds / steps * 1000:.0f} ms/step  {speed:,} tokens/s  "
+                   f"{duration((self.config.max_iters - step) * seconds / steps)} left")
         self.sums, self.since = {}, {"step": step, **self.spent}
-
-    def log_evaluation(self, step, numbers):
-        """Log and print the numbers of an evaluation."""
-        self.log(step, **numbers)
-        shown = "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in numbers.items())
-        self.print(f"step {step:6d}  held out:  {shown}  ({self.spent['seconds']:.0f} s of training)")
 
     @contextmanager
     def evaluating(self):
@@ -289,35 +194,34 @@ class Run:
         self.start_clock()
 
 
+def duration(seconds):
+    """Seconds as a text to read."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def choose_device(name, local_rank=0):
     """torch.device for --device; UsageError where this machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device is auto, cpu, cuda, cuda:N or mps, not {name!r}") from None
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device={name} cannot be used here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("--device=cuda, but torch sees no CUDA device here")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UsageError(f"--device={name}, but there are {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32; after backends.cuda.matmul.fp32_precision torch.compile may fail
-        torch.backends.cuda.enable_cudnn_sdp(False)     # else the first choice on an H100: a plan for each new shape, and NaN for some
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device=mps, but torch sees no such device here")
-    elif device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"--device is auto, cpu, cuda, cuda:N or mps, not {name!r}")
+        torch.set_float32_matmul_precision("high")      # TF32; torch.compile may fail after cuda.matmul.fp32_precision
+        torch.backends.cuda.enable_cudnn_sdp(False)     # on an H100 it makes a plan for each new shape, and NaN for some
     return device
 
 
-COMPILED_SHAPES = 32    # DMT has one for each horizon and part of a roll-out; past the limit torch.compile silently compiles no more
+COMPILED_SHAPES = 32    # DMT has one for each horizon and part of a roll-out; past the limit torch.compile compiles no more
 
 
 def start(config, stage):
-    """Join the other processes (torchrun), choose device and precision, print it all in one line."""
+    """Join the other processes (torchrun), choose device and precision, print them in one line."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world_size > 1 and ":" in config.device:
         raise UsageError(f"--device={config.device} is a single one; several processes take one each with --device=cuda")
@@ -330,167 +234,106 @@ def start(config, stage):
         dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)     # hours: of a download
     torch.manual_seed(config.seed % 2**63)
 
-    compile = config.compile if config.compile is not None else device.type == "cuda"
-    if compile:
+    compiles = config.compile if config.compile is not None else device.type == "cuda" and config.preset != "tiny"
+    if compiles:
         torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
-    run = Run(device, rank, world_size, Path(config.out_dir or f"runs/{config.dataset}-{stage}"), compile, config.log_interval)
-
-    if config.resume and not run.checkpoint_path.exists():
-        raise DataError(f"--resume: there is no {run.checkpoint_path}")
+    out_dir = Path(config.out_dir or f"runs/{config.dataset}-{stage}")
+    there = (out_dir / "ckpt.pt").exists()
+    if config.resume == "yes" and not there:
+        raise DataError(f"--resume: there is no {out_dir / 'ckpt.pt'}")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0        # by torchrun, after a process had died
+    run = Run(config, stage, device, rank, world_size, out_dir, there and (config.resume != "no" or restarted), compiles)
     run.print(f"{stage}: {config.dataset}, preset {config.preset}, {device} ({torch.get_num_threads()} threads), "
-              f"{'bf16 autocast' if device.type == 'cuda' else 'float32'}, compile {'on' if compile else 'off'}, "
+              f"{'bf16 autocast' if device.type == 'cuda' else 'float32'}, compile {'on' if compiles else 'off'}, "
               f"{world_size} process{'es' if world_size > 1 else ''}, writes {run.out_dir}")
+    if config.preset == "paper" and device.type == "cpu":
+        run.print("note: the preset paper is made for a GPU; SMT takes months on a CPU, with --preset=tiny minutes")
     return run
 
 
-def begin(run, config, data, networks, optimizers, fixed=()):
+def begin(run, data, networks, optimizers, fixed=()):
     """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns the first step.
 
-    --resume also restores the optimisers and what was spent, and drops the log lines that will be written again. UsageError for
-    --resume where one of the flags `fixed` has changed.
+    --resume also restores the optimisers and what was spent, and drops the log lines that will be written again. UsageError where
+    a size of the networks or one of the flags `fixed` has changed. Another run in the same folder is moved, not replaced.
     """
-    step, kept, told = 0, [], dataclasses.asdict(config)
+    config, step, kept, flags = run.config, 0, [], dataclasses.asdict(run.config)
     log = run.out_dir / "metrics.jsonl"
-    if config.resume:
+    if run.resume:
+        lock_folder(run)
         checkpoint = load(run.checkpoint_path, run.device)
-        check_data(checkpoint, data)
-        check_architecture(checkpoint, config, checkpoint["model_config"], run.checkpoint_path)
-        load_weights(networks, checkpoint["model"], run.checkpoint_path)
+        step, run.spent = checkpoint["step"], checkpoint["spent"]
+        changed = {name: f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in flags.items()
+                   if name != "resume" and checkpoint["config"].get(name) != value}
+        for name in changed.keys() & {*fixed, *checkpoint["model_config"]}:
+            raise UsageError(f"--resume goes on with the same --{name}: {changed[name]}")
+        if step > config.max_iters:
+            raise UsageError(f"--resume: the run is at step {step} already, beyond --max_iters={config.max_iters}")
+        check_data(checkpoint, data, run.checkpoint_path)
+        load_weights(networks, checkpoint, config, run.checkpoint_path)
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         except (KeyError, ValueError):
-            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}, or another --optimizer: "
-                            "its optimiser does not fit") from None
-        step, run.spent = checkpoint["step"], checkpoint["spent"]
-        if step > config.max_iters:
-            raise UsageError(f"--resume: the run is at step {step} already, beyond --max_iters={config.max_iters}")
-        changed = {name: f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in told.items()
-                   if name != "resume" and checkpoint["config"].get(name) != value}
-        for name in changed.keys() & set(fixed):
-            raise UsageError(f"--resume goes on with the same --{name}: {changed[name]}")
+            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}, or another --optimizer") from None
         run.since = {"step": step, **run.spent}
-        kept = [line for line in read_log(log) if line["step"] < step or line["step"] == step and "train_loss" in line]  # it evaluates anew
+        kept = [line for line in read_log(log)          # the evaluation at this step is made anew
+                if line["step"] < step or line["step"] == step and "train_loss" in line]
         run.print("; ".join([f"resumed at step {step}", *changed.values()]))
-    elif config.init_from:
-        checkpoint = load(config.init_from, run.device)
-        check_data(checkpoint, data)
-        check_architecture(checkpoint, config, ["n_heads"], config.init_from)       # no shape shows it
-        load_weights(networks, {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, config.init_from)
+    else:
+        if config.init_from:
+            checkpoint = load(config.init_from, run.device)
+            check_data(checkpoint, data, config.init_from, warn=run.print)
+            load_weights(networks, checkpoint, config, config.init_from)
+        if run.is_main and run.checkpoint_path.exists():
+            lock_folder(run)                            # nobody else is at work there
+            moved = next(path for i in range(1, 10**6) if not (path := Path(f"{run.out_dir}.{i}")).exists())
+            run.out_dir.rename(moved)
+            run.print(f"the run that was in {run.out_dir} is now in {moved}")
+        lock_folder(run)
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.named_children()}
+    run.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     if run.is_main:
-        try:
-            run.out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the folder {run.out_dir}: {error.strerror}") from None
-        write_atomically(run.out_dir / "config.json", lambda path: path.write_text(json.dumps(told, indent=1) + "\n"))
+        for leftover in run.out_dir.glob(".*.tmp"):     # of a killed process
+            leftover.unlink()
+        write_atomically(run.out_dir / "config.json", lambda path: path.write_text(json.dumps(flags, indent=1) + "\n"))
         write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+        if sys.stderr and sys.stderr.isatty():
+            run.bar = tqdm(total=config.max_iters, initial=step, desc=run.stage, unit="step", dynamic_ncols=True)
 
-    def ask_to_stop(*_):
-        run.stop_asked = True
-    signal.signal(signal.SIGINT, ask_to_stop)       # from here on there is something to save
-    signal.signal(signal.SIGTERM, ask_to_stop)
+    def ask_to_stop(number, _):
+        run.signal = number
+        signal.signal(number, signal.SIG_DFL)           # a second one ends the process at once
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # from here on there is something to save
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+            signal.signal(number, ask_to_stop)
     return step
 
 
+def lock_folder(run):
+    """Make the run's folder and lock it as long as the process lives; DataError if another run is at work there."""
+    if run.is_main:
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        if run.lock is not None:
+            os.close(run.lock)
+        run.lock = os.open(run.out_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another run is writing to {run.out_dir}: choose another --out_dir") from None
+
+
 def read_log(path):
-    """The lines of a metrics.jsonl as dicts, none if there is no file; one that a crash has cut off is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
-def check_architecture(checkpoint, config, names, path):
-    """DataError if a field of the checkpoint's ModelConfig, one of `names`, has another value in the stage's config."""
-    for name in names:
-        value = checkpoint["model_config"].get(name)
-        if getattr(config, name, value) != value:
-            raise DataError(f"{path} has another architecture: --{name}={value}, not {getattr(config, name)}")
-
-
-def check_data(checkpoint, data):
-    """DataError unless a checkpoint was trained on this data set."""
-    trained, here = (f"{meta['name']} (vocabulary {meta['vocab_size']})" for meta in (checkpoint["data"], data.meta))
-    if trained != here:
-        raise DataError(f"the checkpoint was trained on {trained}, this data set is {here}")
-
-
-def load_weights(networks, weights, path):
-    """Load the weights of those networks that a checkpoint has too. DataError where they do not fit."""
-    own = networks.state_dict()
-    both = {name.split(".")[0] for name in own} & {name.split(".")[0] for name in weights}
-    shapes, given = ({name: tensor.shape for name, tensor in some.items() if name.split(".")[0] in both} for some in (own, weights))
-    wrong = [name for name in shapes | given if shapes.get(name) != given.get(name)]
-    if wrong or not both:
-        raise DataError(f"{path} has another architecture: {wrong[0] if wrong else 'no network'} does not fit")
-    networks.load_state_dict({name: weights[name] for name in shapes}, strict=False)
+    """The lines of a metrics.jsonl as dicts with a step, none if there is no file; one that a crash has damaged is left out."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CUDA graphs
-
-GRAPH_DEVICE = "cuda"   # the kind of device that has them
-
-
-def captured(function):
-    """function(module, *tensors), without gradients, from one CUDA graph for each module and each shape of the tensors.
-
-    A step of an RNN is hundreds of small kernels that take longer to launch than to run: a graph is one launch of all of them.
-    It reads the module's parameters where they are, so they may change in place (an optimiser's step, load_state_dict) and must
-    not be replaced. function must not synchronise or draw random numbers, and returns a tensor or a tuple of tensors, which are
-    the caller's to keep. On devices without graphs it is called as it is.
-    """
-    graphs = weakref.WeakKeyDictionary()                # module -> {shapes: (inputs, graph, outputs)}
-
-    def call(module, *tensors):
-        if tensors[0].device.type != GRAPH_DEVICE:
-            with torch.inference_mode():
-                outputs = function(module, *tensors)
-        else:
-            with torch.inference_mode(False), torch.no_grad():
-                known = graphs.setdefault(module, {})
-                key = (torch.is_autocast_enabled(GRAPH_DEVICE), *((tensor.shape, tensor.dtype) for tensor in tensors))
-                if key not in known:
-                    known[key] = capture(function, module, tensors)
-                inputs, graph, outputs = known[key]
-                for own, given in zip(inputs, tensors):
-                    own.copy_(given)
-                graph.replay()
-        return outputs.clone() if torch.is_tensor(outputs) else tuple(output.clone() for output in outputs)
-    return call
-
-
-def capture(function, module, tensors):
-    """A CUDA graph of function(module, *tensors): the tensors it reads, the graph, and what a replay writes its results to.
-
-    Autocast is entered inside, without its cache: a cast of a weight that was cached outside would be an old one at the next replay.
-    """
-    inputs = [tensor.clone() for tensor in tensors]
-    autocast = torch.autocast(GRAPH_DEVICE, enabled=torch.is_autocast_enabled(GRAPH_DEVICE), cache_enabled=False,
-                              dtype=torch.get_autocast_dtype(GRAPH_DEVICE))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), autocast:             # libraries allocate, and torch.compile compiles, before the capture
-        for _ in range(2):
-            function(module, *inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:      # NCCL's own thread may go on
-        outputs = function(module, *inputs)
-    return inputs, graph, outputs
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimisation
-
-WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.01, 0.01, 1.0       # share of the steps; of matrices; greatest norm of the gradient
-
-
-def at_least_float32(x):
-    """bf16 to float32; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
+# Several processes, compilation
 
 class LossModule(torch.nn.Module):
     """The networks and their loss as one module whose forward returns the loss: what DDP wraps and torch.compile compiles."""
@@ -504,8 +347,10 @@ class LossModule(torch.nn.Module):
 
 
 def distribute(networks, loss, run, parts=()):
-    """LossModule, wrapped for DDP where there are several processes and compiled where asked: as a whole, or else only the networks
-    named in `parts`, for a loss that calls them so often that all of it would take too long to compile."""
+    """LossModule, wrapped for DDP where there are several processes and compiled where --compile says so.
+
+    parts: names of networks to compile instead of the whole, for a loss that calls them so often that it compiles for too long.
+    """
     module = LossModule(networks, loss)
     for name in parts if run.compile else ():
         networks[name].compile(dynamic=False)
@@ -520,8 +365,14 @@ def micro_step(module, last):
     return nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.01, 0.01, 1.0       # share of the steps; of matrices; greatest norm of the gradient
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): SGD with Nesterov momentum whose step is orthogonalised, at the size of AdamW's steps (Liu et al. 2025).
+    """Muon (Jordan et al. 2024): SGD with Nesterov momentum and an orthogonalised step, as large as AdamW's (Liu et al. 2025).
 
     torch.optim.Muon computes in bf16, for which a CPU without such instructions needs seconds a step; this one only on CUDA.
     """
@@ -533,11 +384,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(state["momentum"], group["momentum"]))
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.type_as(p), alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
@@ -556,32 +405,30 @@ def orthogonalise(matrix, steps=5):
 def optimizers(networks, config):
     """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW of the others.
 
-    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits. Matrices are decayed but for
-    embeddings.
+    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits. Matrices are decayed, but
+    not embeddings.
     """
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
-    hidden = {id(m.weight) for name, m in networks.named_modules()
-              if isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")} if config.optimizer == "muon" else set()
+    hidden = {id(m.weight) for name, m in networks.named_modules() if config.optimizer == "muon"
+              and isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")}
     groups = {WEIGHT_DECAY: [], 0.0: []}
-    for p in parameters:
-        if id(p) not in hidden:
-            groups[WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0].append(p)
+    for p in (p for p in parameters if id(p) not in hidden):
+        groups[WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0].append(p)
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
-    found = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=parameters[0].device.type in ("cpu", "cuda"))]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    both = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
     if matrices := [p for p in parameters if id(p) in hidden]:
-        found.append(Muon(matrices, config.lr, WEIGHT_DECAY))
-    return found
+        both.append(Muon(matrices, config.lr, WEIGHT_DECAY))
+    return both
 
 
 def learning_rate(step, config, decay_from=0):
-    """Linear warm-up to config.lr, then constant, or, from the step `decay_from` on, a cosine down to a tenth of it at max_iters."""
+    """Linear warm-up to config.lr, constant up to the step `decay_from`, then a cosine down to a tenth of it at max_iters."""
     warmup = max(1, round(WARMUP * config.max_iters))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
     begin = max(warmup, decay_from)
-    if config.lr_decay == "constant" or step < begin:
-        return config.lr
+    if step < begin:
+        return config.lr * min(1, (step + 1) / warmup)
     share = (step - begin) / max(1, config.max_iters - begin)
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
@@ -599,51 +446,19 @@ def optimizer_step(optimizers, lr):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# Checkpoint
 
-def write_atomically(path, write):
-    """write(temporary path), then rename it to path: path is whole or not there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch.save raises the latter for a full disk
-        raise DataError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def save(run, stage, step, numbers, config, data, networks, optimizers, **content):
+def save(run, step, numbers, data, networks, optimizers, **content):
     """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True can load it.
 
-    Then log the numbers of its evaluation: what the log has an evaluation of is saved. DataError if their loss or a weight is
-    not finite.
+    Then log the numbers of its evaluation: what the log has an evaluation of is saved. DataError if they are not finite.
     """
-    if not math.isfinite(numbers["val_rnn_loss"]):
-        raise DataError(f"the held-out loss is {numbers['val_rnn_loss']} at step {step}; the last checkpoint stays as it was")
-    if not all(bool(p.isfinite().all()) for p in networks.parameters()):
-        raise DataError(f"a weight became infinite or NaN before step {step}; the last checkpoint stays as it was")
-    content |= dict(stage=stage, step=step, spent=run.spent, config=dataclasses.asdict(config), data=data.meta,
-                    model=networks.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    if not math.isfinite(numbers["val_rnn_loss"]) or not all(bool(p.isfinite().all()) for p in networks.parameters()):
+        raise DataError(f"a weight or the held-out loss is not finite at step {step}; the last checkpoint stays as it was")
+    content |= dict(stage=run.stage, step=step, time=time.time(), spent=run.spent, data=data.meta, model=networks.state_dict(),
+                    config=dataclasses.asdict(run.config), optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if run.is_main:
         write_atomically(run.checkpoint_path, lambda path: torch.save(content, path))
-    run.log_evaluation(step, numbers)
-
-
-def load(path, map_location="cpu"):
-    """A checkpoint file, or the ckpt.pt of a run's folder, as a dict. DataError if it is missing, truncated or not ours."""
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise DataError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
-        raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
-    if not (isinstance(checkpoint, dict) and {"stage", "step", "config", "data", "model", "model_config", "initial_memory", "spent",
-                                              "optimizers"} <= checkpoint.keys()
-            and isinstance(checkpoint["data"], dict) and {"name", "kind", "vocab_size"} <= checkpoint["data"].keys()):
-        raise DataError(f"{path} is not a checkpoint of this project")
-    return checkpoint
+    run.log(step, **numbers)
+    shown = "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in numbers.items())
+    run.print(f"{step:>6}/{run.config.max_iters}  held out:  {shown}  ({run.spent['seconds']:.0f} s of training)")

@@ -1,6 +1,6 @@
 """Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to the questions of a synthetic task.
 
-    python sample.py                                             # fables, the most finished run: dmt, else smt, bptt, transformer
+    python sample.py                                             # fables, the most finished run: dmt, else smt, else bptt
     python sample.py --dataset=tinystories --prompt="Once upon a time" --num_samples=3 --temperature=0.7
     python sample.py --dataset=mnist --num_samples=64            # a grid of pictures
     python sample.py --dataset=mnist --prompt=digit.png --keep=0.5    # complete the upper half of a picture
@@ -8,28 +8,29 @@
     python sample.py --dataset=retrieval                         # question, answer, truth
 
 Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many came before.
-The Transformer baseline is used in the same way: what it carries from token to token are the keys and values of the last context_len.
 """
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data as datasets
-import runtime
-from data import IGNORE
-from model import restore, roll_out_without_gradients
-from runtime import UsageError
+from lib.checkpoints import check_data, find_checkpoint, load, newer_source, restore
+from lib.cli import UsageError, check_fields, parse, run_main
+from model import IGNORE, roll_out_without_gradients
+from runtime import choose_device, duration
 
-NUMBERS = 256   # random numbers that each row draws at once on CUDA
+READ = 4096     # tokens of a prompt read at once: their memories take up space, the last one alone is kept
 
 
 @dataclass(frozen=True)
 class Config:
-    """What sample.py can be told."""
+    """Flags of sample.py."""
     dataset: str = "fables"     # data set whose most finished run in runs/ is taken
     ckpt: str = ""              # checkpoint (file or folder of a run) to take instead
     data_dir: str = "data"      # folder of the prepared data sets; needed for held-out questions and pictures only
@@ -40,10 +41,11 @@ class Config:
     temperature: float = 0.8    # 1: the model's own distribution; 0: always the likeliest token
     top_k: int = 0              # draw from the k likeliest tokens only; 0: from all
     seed: int = 0               # sample i is drawn with seed + i
-    device: str = "cpu"         # cpu, cuda, mps or auto; CUDA draws other tokens with the same seed
+    device: str = "cpu"         # cpu, cuda, mps or auto
     out: str = ""               # picture file to write; empty: samples.png beside the checkpoint
 
     def __post_init__(self):
+        check_fields(self)
         if self.num_samples < 0 or self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
             raise UsageError("--max_new_tokens is at least 1; --num_samples, --temperature and --top_k are not negative")
         if not 0 <= self.keep <= 1:
@@ -53,81 +55,35 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
-def distribution(logits, temperature, top_k):
-    """The probabilities (B, V) in float64 with which tokens are drawn, from logits (B, V), at a temperature above 0."""
+def choose(logits, temperature, top_k, generators):
+    """One token for each row of logits (B, V) -> (B,), row i with generators[i], drawn on the CPU in float64."""
+    if temperature == 0:
+        return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    logits = logits.double()
-    return ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)              # finite at any temperature
-
-
-def choose(logits, temperature, top_k, generators):
-    """One token for each row of logits (B, V) -> (B,), row i with generators[i]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = distribution(logits.cpu(), temperature, top_k)
+    scores = logits.double().cpu()
+    probabilities = ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)     # finite at any temperature
     drawn = [torch.multinomial(p, 1, generator=generator) for p, generator in zip(probabilities, generators)]
     return torch.cat(drawn).to(logits.device)
 
 
-def pick(logits, temperature, top_k, numbers):
-    """choose() by given random numbers (B,) from [0, 1), one a row: without a generator, so that a CUDA graph can hold it."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    up_to = distribution(logits, temperature, top_k).cumsum(-1)
-    return (up_to <= numbers[:, None] * up_to[:, -1:]).sum(-1)
-
-
-def draw(generators, device):
-    """Endlessly a number from [0, 1) of each generator, (B,), on the device: many are copied there at once."""
-    while True:
-        yield from torch.stack([torch.rand(NUMBERS, generator=generator, dtype=torch.float64) for generator in generators], dim=1).to(device)
-
-
-def begin(networks, initial_memory, count):
-    """What `count` rows carry along before anything was read: m_empty (count, K, d); a Transformer: its last logits and its past."""
-    return initial_memory.expand(count, -1, -1) if "updater" in networks else (None, None)
-
-
 @torch.inference_mode()
 def read(networks, memory, tokens):
-    """Read tokens (B, n) one by one from memory (B, K, d), or from what a Transformer carries along; returns the memory after them."""
-    if "updater" in networks:
-        return roll_out_without_gradients(networks["updater"], memory, tokens)[:, -1]
-    for token in tokens.unbind(1):
-        memory = networks["decoder"].read(token[:, None], past=memory[1])
+    """The memory (B, K, d) after reading tokens (B, n), n >= 0, one by one from memory (B, K, d)."""
+    pieces = tokens.split(READ, dim=1) if tokens.shape[1] else ()
+    for piece in tqdm(pieces, desc="reading", unit_scale=READ, unit=" tokens", disable=None if len(pieces) > 1 else True):
+        memory = roll_out_without_gradients(networks["updater"], memory, piece)[:, -1]
     return memory
 
 
 @torch.inference_mode()
-def predict(networks, memory):
-    """The logits (B, V) of what comes next, from the memory after all that was read."""
-    return networks["readout"](memory) if "updater" in networks else memory[0][:, -1]
-
-
-@torch.inference_mode()
 def generate(networks, memory, temperature, top_k, generators):
-    """Endlessly: predict a token from the memory, draw it, yield it (B,), read it."""
-    if "updater" in networks and memory.device.type == "cuda":
-        yield from generate_from_graph(networks, memory, temperature, top_k, generators)
+    """Endlessly: predict a token from the memory (B, K, d), draw it, yield it (B,), read it."""
     while True:
-        token = choose(predict(networks, memory), temperature, top_k, generators)
+        token = choose(networks["readout"](memory), temperature, top_k, generators)
         yield token
         memory = read(networks, memory, token[:, None])
-
-
-@torch.inference_mode()
-def generate_from_graph(networks, memory, temperature, top_k, generators):
-    """generate() on CUDA, of an RNN: a token of all rows is one CUDA graph, and nothing waits for the CPU. It draws other tokens."""
-    def step(networks, memory, numbers):
-        token = pick(networks["readout"](memory), temperature, top_k, numbers)
-        return token, networks["updater"](memory, token)
-
-    step = runtime.captured(step)
-    for numbers in draw(generators, memory.device):
-        token, memory = step(networks, memory, numbers)
-        yield token
 
 
 def seeded(seed, count):
@@ -137,35 +93,16 @@ def seeded(seed, count):
 
 def complete(networks, initial_memory, given, length, config):
     """Rows of `length` tokens that begin with given (B, n), n >= 1."""
-    memory = read(networks, begin(networks, initial_memory, len(given)), given)
+    memory = read(networks, initial_memory.expand(len(given), -1, -1), given)
     tokens = generate(networks, memory, config.temperature, config.top_k, seeded(config.seed, len(given)))
-    return torch.cat([given] + [next(tokens)[:, None] for _ in range(length - given.shape[1])], dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The three kinds of data
-
-def tell(networks, initial_memory, meta, config):
-    """Stream texts to the terminal, token by token."""
-    separator = meta["first_token"]
-    device = initial_memory.device
-    prompt = datasets.encode(config.prompt, meta)
-    for i in range(config.num_samples or 1):
-        memory = read(networks, begin(networks, initial_memory, 1), torch.tensor([[separator, *prompt]], device=device))
-        write(bytes(prompt))
-        for count, token in enumerate(generate(networks, memory, config.temperature, config.top_k, seeded(config.seed + i, 1)), 1):
-            if separator == 0 and token == 0:
-                break
-            write(bytes([token]))
-            if count == config.max_new_tokens:
-                break
-        write(b"\n\n" if i + 1 < (config.num_samples or 1) else b"\n")
+    steps = tqdm(range(length - given.shape[1]), desc="drawing", unit="token", disable=None)
+    return torch.cat([given] + [next(tokens)[:, None] for _ in steps], dim=1)
 
 
 def complete_stories(networks, initial_memory, count, temperature, seed, longest=1000):
-    """Stories from the data sets whose separator is 0, `count` at once, without their separators: a list of str."""
+    """Stories of a data set whose separator is 0, `count` at once, without their separators: a list of str."""
     start = torch.zeros(count, 1, dtype=torch.long, device=initial_memory.device)
-    memory = read(networks, begin(networks, initial_memory, count), start)
+    memory = read(networks, initial_memory.expand(count, -1, -1), start)
     rows, ended = [], torch.zeros(count, dtype=torch.bool)
     for token in generate(networks, memory, temperature, 0, seeded(seed, count)):
         rows.append(token.cpu())
@@ -173,6 +110,25 @@ def complete_stories(networks, initial_memory, count, temperature, seed, longest
         if ended.all() or len(rows) == longest:
             break
     return [bytes(row.tolist()).split(b"\0")[0].decode("ascii", "replace") for row in torch.stack(rows, dim=1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three kinds of data
+
+def write_stories(networks, initial_memory, meta, config):
+    """Stream texts to the terminal, token by token; a separator in between."""
+    separator, n = meta["first_token"], config.num_samples or 1
+    prompt = datasets.encode(config.prompt, meta)
+    start = torch.tensor([[separator, *prompt]], device=initial_memory.device)
+    memory = read(networks, initial_memory[None], start)
+    for i in range(n):
+        write(bytes(prompt))
+        tokens = generate(networks, memory, config.temperature, config.top_k, seeded(config.seed + i, 1))
+        for _, token in zip(range(config.max_new_tokens), tokens):
+            if separator == 0 and token == 0:
+                break
+            write(bytes([token]))
+        write(b"\n\n" if i + 1 < n else b"\n")
 
 
 def write(text):
@@ -183,77 +139,67 @@ def write(text):
 
 def paint(networks, initial_memory, meta, config, path):
     """Generate or complete pictures and write them as one PNG grid; for completions also what was given, and the truth."""
+    from sources import pictures
     n, length, device = config.num_samples or 16, meta["longest_document"], initial_memory.device
-    kept = max(1, round(config.keep * length)) if config.prompt else 1
+    n_given = max(1, round(config.keep * length)) if config.prompt else 1
     if config.prompt == "held-out":
-        data = datasets.load(meta["name"], config.data_dir)
-        runtime.check_data({"data": meta}, data)
-        whole, _ = datasets.held_out(data, n, length, config.seed)
+        whole, _ = datasets.held_out(load_data(meta, config), n, length, config.seed)
     elif config.prompt:
-        whole = torch.tensor(datasets.read_picture(config.prompt, meta)).long().expand(n, -1)
+        whole = torch.tensor(pictures.read_picture(config.prompt, meta)).long().expand(n, -1)
     else:
         whole = torch.full((n, length), meta["first_token"])
-    tokens = complete(networks, initial_memory, whole[:, :kept].to(device), length, config).cpu()
+    tokens = complete(networks, initial_memory, whole[:, :n_given].to(device), length, config).cpu()
 
-    pictures = [datasets.tokens_to_image(row, meta) for row in tokens]
-    columns = math.ceil(math.sqrt(n))
+    images, columns = [pictures.tokens_to_image(row, meta) for row in tokens], math.ceil(math.sqrt(n))
     if config.prompt:                                # three lines: given (the rest grey), completed, truth
-        truth = [datasets.tokens_to_image(row, meta) for row in whole]
-        known = datasets.tokens_to_image(np.where(np.arange(length) < kept, meta["vocab_size"] - 1, 0), meta) > 0
-        pictures = [np.where(known, picture, 128) for picture in truth] + pictures + truth
-        columns = n
-    save_grid(pictures, columns, path)
+        truth = [pictures.tokens_to_image(row, meta) for row in whole]
+        mask = pictures.tokens_to_image(np.where(np.arange(length) < n_given, meta["vocab_size"] - 1, 0), meta) > 0
+        images, columns = [np.where(mask, image, 128) for image in truth] + images + truth, n
+    pictures.save_grid(images, columns, path)
     print(path)
 
 
-def save_grid(pictures, columns, path):
-    """Write pictures (H, W) 0..255 as a PNG, `columns` in a line, with a border of two grey pixels."""
-    from matplotlib.image import imsave
-    height, width = pictures[0].shape
-    lines = -(-len(pictures) // columns)
-    grid = np.full((2 + lines * (height + 2), 2 + columns * (width + 2)), 96, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
-        grid[top:top + height, left:left + width] = picture
-    grid = grid[..., None].repeat(3, axis=2)      # a colour map would change some greys by one
-    runtime.write_atomically(path, lambda temporary: imsave(temporary, grid, format="png"))
-
-
 def answer(networks, initial_memory, meta, config):
-    """Ask held-out questions: a line for the document, one for the answers where something is asked, one for the truth."""
-    data = datasets.load(meta["name"], config.data_dir)
-    runtime.check_data({"data": meta}, data)
-    x, y = datasets.held_out(data, config.num_samples or 10, meta["longest_document"], config.seed)
-    memory, answers = begin(networks, initial_memory, len(x)), []
-    generators = seeded(config.seed, len(x))
-    for token in x.to(initial_memory.device).unbind(1):
-        memory = read(networks, memory, token[:, None])
-        answers.append(choose(predict(networks, memory), config.temperature, config.top_k, generators).cpu())
-    answers = torch.stack(answers, dim=1)
-    asked, right = y != IGNORE, (answers == y) & (y != IGNORE)
+    """Ask held-out questions: a line for the document, one for the answers, one for the truth."""
+    x, y = datasets.held_out(load_data(meta, config), config.num_samples or 10, meta["longest_document"], config.seed)
+    memory, answers, generators = initial_memory.expand(len(x), -1, -1), [], seeded(config.seed, len(x))
+    with torch.inference_mode():
+        for token in x.to(initial_memory.device).unbind(1):
+            memory = read(networks, memory, token[:, None])
+            answers.append(choose(networks["readout"](memory), config.temperature, config.top_k, generators).cpu())
+    answers, valid = torch.stack(answers, dim=1), y != IGNORE
     for i in range(len(x)):
         print("question ", datasets.decode(x[i], meta))
-        print("answer   ", datasets.decode(answers[i][asked[i]], meta))
-        print("truth    ", datasets.decode(y[i][asked[i]], meta), end="\n\n")
-    print(f"{int(right.sum())} of {int(asked.sum())} answers are right")
+        print("answer   ", datasets.decode(answers[i][valid[i]], meta))
+        print("truth    ", datasets.decode(y[i][valid[i]], meta), end="\n\n")
+    print(f"{int(((answers == y) & valid).sum())} of {int(valid.sum())} answers are right")
+
+
+def load_data(meta, config):
+    """The data set that a checkpoint was trained on, with a warning where it has changed since."""
+    data = datasets.load(meta["name"], config.data_dir)
+    check_data({"data": meta}, data, "the checkpoint", warn=warn)
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def find_checkpoint(ckpt, dataset):
-    """The given checkpoint, or the one of the data set's most finished run."""
-    runs = [Path(f"runs/{dataset}-{stage}") for stage in ("dmt", "smt", "bptt", "transformer")]
-    return Path(ckpt or next((run for run in runs if (run / "ckpt.pt").exists()), runs[0]))
+def warn(line):
+    print(line, file=sys.stderr)
 
 
 def main():
-    config = runtime.parse(Config)
+    config = parse(Config)
     path = find_checkpoint(config.ckpt, config.dataset)
-    checkpoint = runtime.load(path)
-    _, networks, initial_memory = restore(checkpoint, runtime.choose_device(config.device))
+    checkpoint = load(path)
+    _, networks, initial_memory = restore(checkpoint, choose_device(config.device))
+    age = duration(max(0.0, time.time() - checkpoint["time"]))
+    warn(f"{path}: {checkpoint['stage']}, step {checkpoint['step']:,}, saved {age} ago")
+    if source := newer_source(checkpoint):
+        warn(f"warning: this run began with {source}, which has been trained anew since")
     meta = checkpoint["data"]
     if meta["kind"] == "text":
-        tell(networks, initial_memory, meta, config)
+        write_stories(networks, initial_memory, meta, config)
     elif meta["kind"] == "image":
         folder = path if path.is_dir() else path.parent
         paint(networks, initial_memory, meta, config, Path(config.out or folder / "samples.png"))
@@ -264,4 +210,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

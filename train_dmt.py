@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train_dmt.py --dataset=mnist   # the paper's settings on 8 GPUs
 
 Starts from an SMT checkpoint (--init_from, else runs/<dataset>-smt) and writes runs/<dataset>-dmt. Encoder and decoder are
-frozen, the readout begins as the decoder; each iteration
+frozen, the readout begins as the decoder. Each iteration
 
     1. rolls f out over `horizon` tokens, without gradients: the memories m_hat_t of the current RNN    (sequential)
     2. asks the encoder for the memories m_t it should have had, at every `label_stride`-th step       (parallel)
@@ -18,21 +18,22 @@ import torch
 
 import data as datasets
 import runtime
-import tasks
-from data import IGNORE
 from evaluate import evaluate
-from flops import dmt_flops
-from model import parameter_counts, readout_loss, restore, roll_out_without_gradients, squared_error
-from runtime import RunConfig, UsageError
+from lib.checkpoints import check_data, load, restore
+from lib.cli import UsageError, parse, run_main
+from lib.seeds import philox
+from model import IGNORE, readout_loss, roll_out_without_gradients, squared_error
+from runtime import RunConfig
+from sources.prepare import GENERATED, ensure
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Flags of train_dmt.py, on top of the shared ones."""
-    horizon: int = 0                # tokens of a roll-out; 0: the whole row. Rows are cut into as many of them as fit, side by side
+    horizon: int = 0                # tokens of a roll-out, of which as many as fit into a row lie side by side; 0: the whole row
     label_stride: int = 1           # steps from one label of the encoder to the next
-    seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text the encoder's context_len
-    p_start: float = 0.5            # text: share of rows from a document's start; all data: of iterations that roll out from a row's start
+    seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
+    p_start: float = 0.5            # share of rows from a document's start (text); of iterations that roll out from a row's start
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):
@@ -41,24 +42,26 @@ class Config(RunConfig):
             raise UsageError("--horizon and --seq_len are at least 0, --label_stride at least 1, --p_start from 0 to 1")
 
 
+TASK = dict(batch_size=32, max_iters=800)
 PRESETS = {
-    "tiny": dict(optimizer="muon", batch_size=8, max_iters=500, lr=2e-3, lambda_dyn=1.0, p_start=0.9, eval_interval=100),
-    **{f"tiny/{name}": dict(seq_len=256, p_start=0.5, max_iters=800) for name in ("tinystories", "text")},
+    "tiny": dict(optimizer="muon", batch_size=8, max_iters=600, lr=2e-3, lambda_dyn=1.0, p_start=0.9, eval_interval=100),
     "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0, eval_interval=100),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
+    **{f"tiny/{name}": dict(p_start=0.5, max_iters=800) for name in ("tinystories", "text")},
+    **{f"{size}/{task}": TASK for size in ("tiny", "small") for task in ("copy", "stack", "keyvalue", "modular")},
+    **{f"{size}/retrieval": TASK | dict(max_iters=100, eval_interval=25) for size in ("tiny", "small")},    # little is left to do
 }
-SYNTHETIC = dict(batch_size=32, max_iters=800, eval_interval=100)
-TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"retrieval": SYNTHETIC | dict(max_iters=100, eval_interval=25)}    # little is left
-PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The three steps
 
 def choose_steps(config, step, T, h):
-    """Where in the rows of a step the roll-outs of h tokens begin, (n,), one after the other from 0 (with probability p_start) or
-    anywhere; and which of their steps get a label, (R,). Pure in (seed, step)."""
-    rng, n, stride = datasets.philox(config.seed, step, "roll-out"), T // h, min(config.label_stride, h)
+    """Where in the rows of a step the roll-outs of h tokens begin, (n,), and which of their steps get a label, (R,).
+
+    The roll-outs lie one after the other from 0 (with probability p_start) or from anywhere. Pure in (seed, step).
+    """
+    rng, n, stride = philox(config.seed, step, "roll-out"), T // h, min(config.label_stride, h)
     begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
     return begin + h * torch.arange(n), torch.arange(int(rng.integers(stride)), h, stride)[:h // stride]
 
@@ -67,13 +70,13 @@ def choose_steps(config, step, T, h):
 def roll_out_and_label(networks, x, begins, h, labelled):
     """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n rising `begins`, ask E for labels.
 
-    Each roll-out starts from the encoder's memory at that place (m_empty at 0). labelled (R,): the steps of a roll-out, 0..h-1, that get a
-    label. Returns, with the n roll-outs of a row side by side, the memory before each of these steps, m_hat_{t-1} (B n, R, K, d), and
-    its label m_t (B n, R, K, d).
+    Each roll-out starts from the encoder's memory at its begin (m_empty at 0). labelled (R,): the steps of a roll-out, 0..h-1,
+    that get a label. Returns, with the n roll-outs of a row side by side, the memory before each of these steps, m_hat_{t-1}
+    (B n, R, K, d), and its label m_t (B n, R, K, d).
     """
-    places = (begins[:, None].to(x.device) + labelled).flatten()
-    memories = networks["encoder"](x, torch.cat([begins.to(x.device) - 1, places]))         # one call reads the row once
-    start, labels = memories.split([len(begins), len(places)], dim=1)
+    t = (begins[:, None].to(x.device) + labelled).flatten()
+    memories = networks["encoder"](x, torch.cat([begins.to(x.device) - 1, t]))          # one call reads the row once
+    start, labels = memories.split([len(begins), len(t)], dim=1)
     start = start.flatten(0, 1)
     after = roll_out_without_gradients(networks["updater"], start, cut(x, begins, h))
     return torch.cat([start[:, None], after], dim=1)[:, labelled], labels.unflatten(1, (len(begins), -1)).flatten(0, 1)
@@ -85,7 +88,7 @@ def cut(x, begins, h):
 
 
 class Counts(NamedTuple):
-    """The denominators of the means: how many there are of each kind in the global batch."""
+    """The denominators of the means: what the global batch holds."""
     transitions: torch.Tensor       # tokens that f reads
     targets: torch.Tensor           # targets that the readout predicts
 
@@ -96,14 +99,15 @@ def count_terms(x, y, pad):
 
 
 def dmt_loss(networks, before, labels, x, y, counts, config):
-    """Step 3, plain supervised learning on the states that the RNN itself has visited:
+    """Step 3, supervised learning on the states that the RNN itself has visited:
 
         L_dyn  = MSE(f(stop_gradient(m_hat_{t-1}), x_t), m_t)
         L_read = CE(g(stop_gradient(m_hat_t)), y_t)             with m_hat_t = f(m_hat_{t-1}, x_t)
+        L_dmt  = lambda_dyn L_dyn + L_read
 
-    at the labelled steps: their memories before (N, R, K, d), labels m_t (N, R, K, d), tokens and targets x, y (N, R). Each term is these
-    roll-outs' share of the mean over the global batch, with the denominators counts (2,). Returns lambda_dyn L_dyn + L_read, and
-    what is logged of it.
+    at the labelled steps: the memories before them (N, R, K, d), labels m_t (N, R, K, d), tokens and targets x, y (N, R). Each
+    term is these roll-outs' share of the mean over the global batch, with the denominators counts (2,). Returns L_dmt, and the
+    terms to log.
     """
     counts = Counts(*counts.clamp(min=1))
     predicted = networks["updater"](before.flatten(0, 1), x.flatten()).view_as(labels)      # m_hat_t
@@ -116,20 +120,19 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
-    config = runtime.parse(Config, presets=PRESETS)
+    config = parse(Config, presets=PRESETS, generated=GENERATED)
     run = runtime.start(config, "dmt")
-    run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
+    run.first(lambda: ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
-    source = runtime.load(run.checkpoint_path if config.resume else config.init_from or f"runs/{config.dataset}-smt", run.device)
-    runtime.check_data(source, data)
+    source_path = run.checkpoint_path if run.resume else config.init_from or f"runs/{config.dataset}-smt"
+    source = load(source_path, run.device)
+    check_data(source, data, source_path, warn=run.print)
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be a checkpoint of train_smt.py or train_dmt.py")
-    if not config.resume and source["config"].get("preset") != config.preset:
-        run.print(f"note: the encoder was trained with --preset={source['config'].get('preset')}, this run has {config.preset}")
-    T = datasets.row_length(data, config.seq_len, model_config.context_len)
+    T = datasets.row_length(data, config.seq_len or source["config"]["seq_len"])
     h = min(config.horizon or T, T)
     networks.requires_grad_(False)
     for name in ("updater", "readout"):
@@ -138,10 +141,9 @@ def main():
     module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
     if run.compile:
         networks["updater"].compile(dynamic=False)      # for the roll-outs
-    first_step = runtime.begin(run, config, data, networks, optimizers)
+    first_step = runtime.begin(run, data, networks, optimizers)
     if source["stage"] == "smt":
         networks["readout"].start_from(networks["decoder"])
-    run.print(parameter_counts(networks))
 
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):
@@ -149,8 +151,8 @@ def main():
         if step % config.eval_interval == 0 or last:
             with run.evaluating():
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-                runtime.save(run, "dmt", step, numbers, config, data, networks, optimizers, model_config=asdict(model_config),
-                             initial_memory=initial_memory)
+                runtime.save(run, step, numbers, data, networks, optimizers, initial_memory=initial_memory,
+                             model_config=asdict(model_config))
         if last:
             break
 
@@ -173,10 +175,9 @@ def main():
             run.count(losses)
         lr = runtime.learning_rate(step, config)
         grad_norm = runtime.optimizer_step(optimizers, lr)
-        flops, sequential_flops = dmt_flops(config, model_config, networks, data.vocab_size, T, len(begins), h, len(labelled))
-        run.spend(tokens=config.batch_size * len(begins) * h, flops=flops, sequential_flops=sequential_flops)
-        run.log_training(step + 1, grad_norm, lr)
+        run.log_training(step + 1, config.batch_size * len(begins) * h, grad_norm, lr)
+    run.end(step)
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

@@ -2,7 +2,7 @@
 
     python train_smt.py                                        # fables, preset tiny, a few minutes on a laptop
     python train_smt.py --dataset=retrieval                    # a synthetic task
-    python train_smt.py --dataset=tinystories --preset=tiny    # real text on a CPU
+    python train_smt.py --dataset=tinystories                  # real text: a CPU's preset is tiny, a GPU's is paper
     torchrun --nproc_per_node=8 train_smt.py --dataset=mnist   # the paper's sizes on 8 GPUs
 
 Writes runs/<dataset>-smt; train_dmt.py goes on from there.
@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 import data as datasets
+import model
 import runtime
-import tasks
-from data import IGNORE, cross_entropy, futures
 from evaluate import evaluate
-from flops import smt_flops
-from model import ModelConfig, build, decoder_loss, empty_memory, model_fields, parameter_counts, readout_loss, squared_error
-from runtime import RunConfig, UsageError
+from lib.checkpoints import fields_of
+from lib.cli import UsageError, parse, run_main
+from model import IGNORE, ModelConfig, cross_entropy, decoder_loss, futures, readout_loss, squared_error
+from runtime import RunConfig
+from sources.prepare import GENERATED, ensure
 
 UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, at most
 
@@ -29,52 +30,53 @@ UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, at most
 @dataclass(frozen=True)
 class Config(ModelConfig, RunConfig):
     """Flags of train_smt.py, on top of the shared ones."""
-    seq_len: int = 0                # tokens T of a training row; 0: the longest document, for text context_len
+    seq_len: int = 256              # tokens T of a training row of text; other documents are rows as they are
     positions: int = 1              # positions S drawn in a step, the same in each row, each with all four losses
-    p_start: float = 0.5            # share of the rows that begin at a document's start; the others begin anywhere (text only)
+    p_start: float = 0.5            # share of rows that begin at a document's start; the others begin anywhere (text)
     trunk_iters: int = 0            # first steps, which train the causal encoder's trunk alone; none with --init_from
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
 
     def __post_init__(self):
-        ModelConfig.__post_init__(self)
         RunConfig.__post_init__(self)
-        if min(self.positions, self.trunk_iters + 1, self.seq_len + 1) < 1 or not 0 <= self.p_start <= 1:
-            raise UsageError("--positions is at least 1, --trunk_iters and --seq_len at least 0, --p_start from 0 to 1")
+        ModelConfig.__post_init__(self)
+        if min(self.positions, self.trunk_iters + 1, self.seq_len) < 1 or not 0 <= self.p_start <= 1:
+            raise UsageError("--positions and --seq_len are at least 1, --trunk_iters at least 0, --p_start from 0 to 1")
         if self.trunk_iters and self.encoder != "causal":
             raise UsageError("the window encoder has no trunk: --encoder=window takes --trunk_iters=0")
         if self.trunk_iters >= self.max_iters and not self.init_from:
-            raise UsageError(f"--trunk_iters={self.trunk_iters} leaves no step to SMT: it must be below --max_iters={self.max_iters}")
+            raise UsageError(f"--trunk_iters={self.trunk_iters} must be below --max_iters={self.max_iters}")
 
 
-CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon")
+CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", n_heads=4, future_len=200, positions=8)
+TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16, max_iters=1300,
+            lr=2e-3, eval_interval=200)
+TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128, seq_len=256,
+            future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400)
 PRESETS = {
-    "tiny": dict(CAUSAL, d_model=64, n_heads=4, memory_tokens=8, encoder_layers=2, decoder_layers=2, conv_width=8, context_len=220,
-                 future_len=200, positions=8, trunk_iters=900, batch_size=4, max_iters=2500, lr=3e-3, p_start=0.9,
-                 eval_interval=500, log_interval=50),
-    **{f"tiny/{name}": dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128, seq_len=256,
-                            future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400) for name in ("tinystories", "text")},
-    "small": dict(CAUSAL, d_model=128, n_heads=4, memory_tokens=8, encoder_layers=3, decoder_layers=3, conv_width=8, context_len=256,
-                  future_len=200, positions=8, trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
+    "tiny": CAUSAL | dict(d_model=64, memory_tokens=8, encoder_layers=2, decoder_layers=2, conv_width=8, context_len=220,
+                          seq_len=220, trunk_iters=900, batch_size=4, max_iters=3200, lr=3e-3, p_start=0.9,
+                          eval_interval=800, log_interval=50),
+    "small": CAUSAL | dict(d_model=128, memory_tokens=8, encoder_layers=3, decoder_layers=3, conv_width=8, context_len=256,
+                           trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
                   context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
-                  lr_decay="constant", eval_interval=5000, eval_len=1024, log_interval=100),
+                  eval_interval=5000, eval_len=1024, log_interval=100),
+    "tiny/tinystories": TEXT, "tiny/text": TEXT,
+    **{f"{size}/{task}": TASK for size in ("tiny", "small") for task in ("retrieval", "copy", "stack", "modular")},
+    **{f"{size}/keyvalue": TASK | dict(memory_tokens=8, max_iters=1600) for size in ("tiny", "small")},
 }
-SYNTHETIC = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16, max_iters=1300, lr=2e-3,
-                 eval_interval=200)
-TASKS = {name: SYNTHETIC for name in tasks.TASKS} | {"keyvalue": SYNTHETIC | dict(memory_tokens=8, max_iters=1600)}
-PRESETS |= {f"{size}/{name}": flags for size in ("tiny", "small") for name, flags in TASKS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
 
 class Counts(NamedTuple):
-    """The denominators of the means: how many there are of each kind in the global batch."""
+    """The denominators of the means: what the global batch holds."""
     futures: torch.Tensor           # targets that the decoder predicts
     transitions: torch.Tensor       # tokens that f reads
     readouts: torch.Tensor          # targets that the readout predicts
-    targets: torch.Tensor           # targets of the rows, which the trunk predicts
+    targets: torch.Tensor           # targets that the trunk predicts
 
 
 def count_terms(x, y, t, config, pad):
@@ -92,12 +94,12 @@ def smt_loss(networks, x, y, t, counts, config):
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
-    and L_trunk, ours, with the causal encoder. Each term is these rows' share of the mean over the global batch of config.batch_size
-    rows, with the denominators counts (4,): summed over micro-batches and processes they are the losses (L_unif is the mean over
-    micro-batches). Returns the sum, and what is logged of it.
+    With the causal encoder L_trunk, ours, is added. Each term is these rows' share of the mean over the global batch of
+    config.batch_size rows, with the denominators counts (4,): the sum over micro-batches and processes is the loss. (L_unif is
+    the mean over micro-batches.) Returns the sum, and the terms to log.
     """
     encoder, updater, S, counts = networks["encoder"], networks["updater"], len(t), Counts(*counts.clamp(min=1))
-    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()                       # of the window encoder there is none
+    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()                       # the window encoder has none
     before, after = encoder(x, torch.cat([t - 1, t]), *trunk).split(S, dim=1)               # m_{t-1}, m_t: (B, S, K, d)
     predicted = updater(before.flatten(0, 1), x[:, t].flatten()).view_as(after)
 
@@ -115,7 +117,7 @@ def smt_loss(networks, x, y, t, counts, config):
 
 
 def uniformity(memories):
-    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over the L2-normalised memory tokens of a sample of memories (n, K, d); 0 if all are the same."""
+    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over a sample of the memory tokens of memories (n, K, d), u = L2-normalised."""
     stride = math.ceil(len(memories) * memories.shape[1] / UNIFORMITY_TOKENS)
     u = F.normalize(memories[::stride].flatten(0, 1), dim=-1)
     if len(u) == 1:
@@ -127,8 +129,11 @@ def uniformity(memories):
 
 
 def trunk_loss(networks, trunk, y, counts):
-    """L_trunk = CE(head of D(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model. Recall is learned from a text
-    sooner than from a memory, and the decoder can begin with what the trunk has learned. trunk: of CausalEncoder.trunk, y (B, T)."""
+    """L_trunk = CE(head of D(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
+
+    Recall is learned from a text sooner than from a memory, and the decoder can begin with what the trunk has learned.
+    trunk: of CausalEncoder.trunk, y (B, T).
+    """
     return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / counts.targets
 
 
@@ -141,40 +146,39 @@ def trunk_alone(networks, x, y, t, counts, config):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
-    config = runtime.parse(Config, presets=PRESETS)
+    config = parse(Config, presets=PRESETS, generated=GENERATED)
     run = runtime.start(config, "smt")
-    run.first(lambda: datasets.ensure(config.dataset, config.data_dir))
+    run.first(lambda: ensure(config.dataset, config.data_dir))
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
-    T = datasets.row_length(data, config.seq_len, config.context_len)
+    T = datasets.row_length(data, config.seq_len)
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
-    networks = build(config, data.vocab_size).to(run.device)
+    networks = model.build(config, data.vocab_size).to(run.device)
     optimizers = runtime.optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
-    first_step = runtime.begin(run, config, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
-    run.print(parameter_counts(networks))
-
+    first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
     trunk_end = 0 if config.init_from else config.trunk_iters
+
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):
         last = step == config.max_iters or run.should_stop(step)
         if step % config.eval_interval == 0 or last:
             with run.evaluating():
-                initial_memory = empty_memory(networks["encoder"])
+                initial_memory = model.empty_memory(networks["encoder"])
                 numbers = evaluate(networks, initial_memory, val_x, val_y, data.meta)
-                runtime.save(run, "smt", step, numbers, config, data, networks, optimizers, model_config=model_fields(config),
-                             initial_memory=initial_memory)
+                runtime.save(run, step, numbers, data, networks, optimizers, initial_memory=initial_memory,
+                             model_config=fields_of(ModelConfig, config))
         if last:
             break
 
         if step == trunk_end > 0:
-            networks["decoder"].start_from(networks["encoder"])
+            networks["encoder"].start_decoder(networks["decoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions, config.p_start,
                                         run.rank, run.world_size)
         t = t.to(run.device)
         counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, rows in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
-            if step < trunk_end:                                # without DDP, which would wait for the gradients of all networks
+            if step < trunk_end:                                # without DDP, which waits for the gradients of all networks
                 with run.autocast():
                     loss, losses = trunk_alone(networks, *rows, t, counts, config)
                 loss.backward()
@@ -188,10 +192,9 @@ def main():
             run.sum_gradients(networks)
         lr = runtime.learning_rate(step, config, decay_from=(trunk_end + 2 * config.max_iters) // 3)
         grad_norm = runtime.optimizer_step(optimizers, lr)
-        flops, sequential_flops = smt_flops(config, networks, data.vocab_size, T, step < trunk_end)
-        run.spend(tokens=config.batch_size * T, flops=flops, sequential_flops=sequential_flops)
-        run.log_training(step + 1, grad_norm, lr, phase_ends=(trunk_end,))
+        run.log_training(step + 1, config.batch_size * T, grad_norm, lr, phase_ends=(trunk_end,))
+    run.end(step)
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

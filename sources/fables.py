@@ -266,14 +266,14 @@ def outcomes(grammar, name, known):
             yield p * q, {**now, name: text}
 
 
-def expected(grammar, measure, name="story", known={}):
+def expected(grammar, measure, name="story", known=None):
     """The expectation of the sum of measure(name, text) over all mentions in a story (the first and the later ones).
 
     An expectation of a sum is the sum of expectations, so each mention is followed by itself: stories need not be
     enumerated. What is known is all that a choice and its parents can depend on, so each probability is exact.
     """
     total = 0.0
-    for p, now in outcomes(grammar, name, known):
+    for p, now in outcomes(grammar, name, known or {}):
         inner = sum(expected(grammar, measure, mention, now) for _, mention in pieces(now[name]) if mention)
         total += p * (measure(name, now[name]) + inner)
     return total

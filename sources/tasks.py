@@ -5,22 +5,22 @@
 A task draws whole documents until there are n_tokens tokens, and returns
 
     tokens   (N,) uint8    all documents, one after the other
-    targets  (N,) uint8    what is asked after each token was read; NOTHING (255) where nothing is asked
+    targets  (N,) uint8    what is asked after each token was read; NO_TARGET (255) where nothing is asked
     starts   (D,) uint64   where each document begins
     vocab_size
 
 all drawn from `rng`: the same generator state gives the same documents. Symbols are tokens 0, 1, ..; a task's marker,
 if it has one, is the token after the last symbol. `length` is a pair (low, high), drawn anew for each document, both ends
-included. Options that make no sense raise UsageError. In the examples `.` stands for NOTHING and a, b, c for symbols.
+included. Options that make no sense raise UsageError. In the examples `.` stands for NO_TARGET and a, b, c for symbols.
 """
 import math
 import string
 
 import numpy as np
 
-from runtime import UsageError
+from lib.cli import UsageError
 
-NOTHING = 255
+NO_TARGET = 255
 
 
 def retrieval(rng, n_tokens, *, length=(32, 32), symbols=8, noise=0.0):
@@ -36,7 +36,7 @@ def retrieval(rng, n_tokens, *, length=(32, 32), symbols=8, noise=0.0):
     size = draw_sizes(rng, n_tokens, length, shortest=4)
     documents, marker = np.arange(len(size)), symbols
     x = rng.integers(symbols, size=(len(size), size.max()), dtype=np.uint8)
-    y = np.full_like(x, NOTHING)
+    y = np.full_like(x, NO_TARGET)
     at = rng.integers(size // 2 - 1)  # 0 .. size // 2 - 2
     x[documents, at] = marker
     x[documents, size - 1] = marker
@@ -60,7 +60,7 @@ def copy(rng, n_tokens, *, length=(6, 6), symbols=8):
     i = np.arange(2 * n.max())                                                                # places in a document
     x = np.take_along_axis(strings, np.where(i < n, i, 2 * n - i).clip(0, n - 1), 1)          # (D, 2 n)
     x[i == n] = symbols
-    y = np.where(i < n, NOTHING, np.take_along_axis(strings, (2 * n - 1 - i).clip(0, n - 1), 1))
+    y = np.where(i < n, NO_TARGET, np.take_along_axis(strings, (2 * n - 1 - i).clip(0, n - 1), 1))
     return *pack(x, y, 2 * n[:, 0]), symbols + 1
 
 
@@ -77,7 +77,7 @@ def stack(rng, n_tokens, *, length=(32, 32), symbols=8, depth=4):
     size = draw_sizes(rng, n_tokens, length, shortest=2)
     documents, pop = np.arange(len(size)), symbols
     x = rng.integers(symbols, size=(len(size), size.max()), dtype=np.uint8)
-    y = np.full_like(x, NOTHING)
+    y = np.full_like(x, NO_TARGET)
     stacks = np.zeros((len(size), min(depth, size.max())), np.uint8)
     height = np.zeros(len(size), int)
     for i in range(size.max()):
@@ -116,7 +116,7 @@ def keyvalue(rng, n_tokens, *, symbols=8, keys=4, key_length=2, value_length=2):
     asked = rng.integers(keys, size=len(size))
     asked_key, asked_value = (part[np.arange(len(size)), asked] for part in (key, value))
     x = np.concatenate([pairs, np.full((len(size), 1), symbols, np.uint8), asked_key, asked_value[:, :-1]], 1)
-    y = np.full_like(x, NOTHING)
+    y = np.full_like(x, NO_TARGET)
     y[:, -value_length:] = asked_value
     return *pack(x, y, size), symbols + 1
 
@@ -143,7 +143,7 @@ def modular(rng, n_tokens, *, length=(16, 16), modulus=7):
         determined[:, i] = seen[documents, a[:, i]] | (seen.sum(1) >= 2)
         seen[documents, a[:, i]] = True
     x = np.stack([a, results], 2).reshape(len(pairs), -1)
-    y = np.stack([np.where(determined, results, NOTHING), np.full_like(a, NOTHING)], 2).reshape(len(pairs), -1)
+    y = np.stack([np.where(determined, results, NO_TARGET), np.full_like(a, NO_TARGET)], 2).reshape(len(pairs), -1)
     return *pack(x, y, 2 * pairs), modulus
 
 
@@ -169,8 +169,8 @@ def check(condition, message):
 
 
 def check_symbols(symbols, markers=1):
-    """UsageError unless so many symbols, and a task's markers, fit into a byte beside NOTHING."""
-    check(2 <= symbols <= NOTHING - markers, f"a task has 2 to {NOTHING - markers} symbols, not {symbols}")
+    """UsageError unless so many symbols, and a task's markers, fit into a byte beside NO_TARGET."""
+    check(2 <= symbols <= NO_TARGET - markers, f"a task has 2 to {NO_TARGET - markers} symbols, not {symbols}")
 
 
 def draw_sizes(rng, n_tokens, length, shortest, tokens=lambda length: length):

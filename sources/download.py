@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from runtime import DataError
+from lib.cli import DataError
+from sources.pictures import PICTURES, SIDE, read_sketch, to_patches
 
 FILES = {"tinystories": ("TinyStories-train.txt", "TinyStories-valid.txt"),
          "mnist": ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz")}
@@ -40,10 +41,6 @@ SHA256 = {  # of the content, unpacked
 CHUNK = 1 << 20          # bytes read at once
 TIMEOUT = 30             # seconds without a byte
 LONGEST_STORY = 1 << 26  # characters: beyond, the file is not one of stories
-
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
-SIDE = 64                # of a sketch, in pixels
-LIGHT = 200              # light is from this grey on, so that a thin stroke that the resizing made faint stays dark
 
 # What TinyStories writes beyond ASCII and how we read it, also where UTF-8 was once taken for Windows-1252 (â€™ for ’)
 PLAIN = {"‘": "'", "’": "'", "‚": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": "-", "…": "...",
@@ -315,45 +312,3 @@ def sketches(source, rng):
     for split, which in ("train", np.sort(order[n_held_out:])), ("val", np.sort(order[:n_held_out])):
         shown = tqdm(which, desc=f"sketchy {split}", unit=" pictures", disable=None)
         yield split, ((to_patches(read_sketch(paths[i]), 2), [0]) for i in shown)
-
-
-def open_picture(path):
-    """A picture file as a Pillow image with transparency; DataError if it is none."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("pictures are read with Pillow: pip install pillow") from None
-    try:
-        with Image.open(path) as file:
-            file.seek(0)
-            return file.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture: {error}") from None
-
-
-def read_grey(path):
-    """A picture file as grey levels (H, W) uint8."""
-    return np.asarray(open_picture(path).convert("L"))
-
-
-def read_sketch(path):
-    """A picture file as 64 x 64 grey levels: transparent is white, and white beside makes it square."""
-    from PIL import Image
-    picture = open_picture(path)
-    canvas = Image.new("RGBA", (max(picture.size),) * 2, "white")
-    canvas.alpha_composite(picture, tuple((max(picture.size) - side) // 2 for side in picture.size))
-    return np.asarray(canvas.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
-
-
-def to_patches(image, patch):
-    """The tokens (n,) uint8 of a picture (H, W): per patch one bit per pixel, 1 where it is light."""
-    height, width = np.shape(image)
-    light = (np.asarray(image) >= LIGHT).reshape(height // patch, patch, width // patch, patch).swapaxes(1, 2)
-    return light.reshape(-1, patch * patch) @ (1 << np.arange(patch * patch)).astype(np.uint8)
-
-
-def from_patches(tokens, height, width, patch):
-    """The picture (H, W), 0 or 255, of tokens (n,): the inverse of to_patches."""
-    light = np.asarray(tokens)[:, None] >> np.arange(patch * patch) & 1
-    light = light.reshape(height // patch, width // patch, patch, patch).swapaxes(1, 2)
-    return (255 * light).astype(np.uint8).reshape(height, width)

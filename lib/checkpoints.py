@@ -1,0 +1,117 @@
+"""Checkpoints: written whole or not at all; read without trust in what they say of themselves."""
+import dataclasses
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from lib.cli import DataError, UsageError
+from model import ModelConfig, build
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename it to path: path is whole or not there. DataError if that fails."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # torch.save raises the latter for a full disk
+        raise DataError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+SCHEMA = dict(stage=str, step=int, time=float, spent=dict, data=dict, model=dict, config=dict, optimizers=list,
+              model_config=dict, initial_memory=torch.Tensor)
+
+
+def load(path, map_location="cpu"):
+    """A checkpoint file, or the ckpt.pt of a run's folder, as a dict. DataError if it is missing, truncated or not ours."""
+    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise DataError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        wrong = [name for name, kind in SCHEMA.items() if not isinstance(checkpoint[name], kind)]
+        data, spent, tensors = checkpoint["data"], checkpoint["spent"], [checkpoint["initial_memory"], *checkpoint["model"].values()]
+        wrong += ["step"] * (not 0 <= checkpoint["step"] < 2**62)
+        wrong += ["data"] * (data["kind"] not in ("text", "image", "synthetic") or not isinstance(data["name"], str)
+                             or data["vocab_size"] not in range(2, 257))
+        wrong += ["spent"] * (not all(0 <= float(spent[name]) < 2**63 for name in ("tokens", "seconds")))
+        wrong += ["model"] * (not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors))
+    except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
+        raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
+    if wrong:
+        raise DataError(f"{path} is not a checkpoint of this project, or damaged: its {wrong[0]} makes no sense")
+    return checkpoint
+
+
+def restore(checkpoint, device="cpu"):
+    """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d). DataError if it does not fit.
+
+    Shapes are compared before anything is allocated: a config cannot ask for more memory than the weights have.
+    """
+    weights = {key: w for key, w in checkpoint["model"].items() if "." in key}
+    names = dict.fromkeys(key.split(".")[0] for key in weights)
+    try:
+        config, vocab_size = ModelConfig(**checkpoint["model_config"]), checkpoint["data"]["vocab_size"]
+        if max(config.updater_layers, config.encoder_layers, config.decoder_layers) > len(weights) + 8 \
+                or max(config.context_len, config.future_len) > 2**20:
+            raise ValueError("its sizes make no sense")
+        with torch.device("meta"):
+            shapes = {key: w.shape for key, w in build(config, vocab_size, names).state_dict().items()}
+        if shapes != {key: w.shape for key, w in weights.items()}:
+            raise ValueError("its weights have other shapes than its sizes say")
+        networks = build(config, vocab_size, names)
+        networks.load_state_dict(weights)
+        initial_memory = checkpoint["initial_memory"].view(config.memory_tokens, config.d_model)
+    except (RuntimeError, TypeError, ValueError, UsageError) as error:
+        raise DataError(f"the checkpoint does not fit this architecture: {error}") from None
+    return config, networks.to(device), initial_memory.to(device)
+
+
+def find_checkpoint(ckpt, dataset):
+    """The given checkpoint, or the one of the data set's most finished run."""
+    runs = [Path(f"runs/{dataset}-{stage}") for stage in ("dmt", "smt", "bptt")]
+    return Path(ckpt or next((run for run in runs if (run / "ckpt.pt").exists()), runs[0]))
+
+
+def fields_of(cls, config):
+    """The fields of a dataclass in a config that extends it, as a dict."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
+
+
+def check_data(checkpoint, data, path, warn=None):
+    """DataError unless a checkpoint was trained on this data set; if other data have its name, too, or with `warn` a warning."""
+    trained, here = (f"{meta['name']} (vocabulary {meta['vocab_size']})" for meta in (checkpoint["data"], data.meta))
+    if trained != here:
+        raise DataError(f"{path} was trained on {trained}, this data set is {here}")
+    if checkpoint["data"].get("fingerprint") != data.meta.get("fingerprint"):
+        message = f"{path} was trained on other data of the name {data.meta['name']}: they have changed since"
+        if warn is None:
+            raise DataError(message)
+        warn(f"warning: {message}")
+
+
+def load_weights(networks, checkpoint, config, path):
+    """Load the weights of those networks that a checkpoint has too. DataError where they do not fit."""
+    weights, own = {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, networks.state_dict()
+    both = {name.split(".")[0] for name in own} & {name.split(".")[0] for name in weights}
+    here, given = ({name: w.shape for name, w in some.items() if name.split(".")[0] in both} for some in (own, weights))
+    wrong = [name for name in here | given if here.get(name) != given.get(name)]
+    wrong += [f"--{name}" for name, value in checkpoint["model_config"].items()
+              if name in ("n_heads", "updater", "encoder") and getattr(config, name, value) != value]      # no shape shows these
+    if wrong or not both:
+        raise DataError(f"{path} has another architecture: {wrong[0] if wrong else 'no network'} does not fit")
+    networks.load_state_dict({name: weights[name] for name in here}, strict=False)
+
+
+def newer_source(checkpoint):
+    """The checkpoint that a run began with, if it has been replaced since; else None."""
+    config = checkpoint["config"]
+    source = config.get("init_from") or f"runs/{config.get('dataset')}-smt" * (checkpoint["stage"] == "dmt")
+    path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
+    return path if source and path.is_file() and path.stat().st_mtime > checkpoint["time"] else None

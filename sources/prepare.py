@@ -1,0 +1,171 @@
+"""Prepare a data set: make its bins from a generator, a download or files. `data.py` is what you run, and says what is written."""
+import fcntl
+import hashlib
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from lib.checkpoints import write_atomically
+from lib.cli import DataError, UsageError
+from lib.seeds import philox
+from sources import download, fables, tasks
+
+GENERATED = ["fables", *tasks.TASKS]
+DATASETS = [*GENERATED, "tinystories", "mnist", "sketchy", "text"]
+NEEDS_SOURCE = {"sketchy": "the folder of pictures", "text": "the text file"}
+TRAIN_TOKENS, VAL_TOKENS = 8_000_000, 500_000       # of generated data
+SCAN = 1 << 24       # tokens looked at together when a whole bin is scanned
+
+
+def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS, **options):
+    """Make the data set data_dir/name, whole or not at all, and print what is in it.
+
+    source: file or folder with the original files; unset: they are downloaded. options: of the generated task.
+    An existing data set of that name is replaced once the new one is complete.
+    """
+    options = check_request(name, source, seed, train_tokens, val_tokens, options)
+    folder = Path(data_dir) / name
+    if folder.exists() and not (folder / "meta.json").is_file():
+        raise DataError(f"{folder} exists and is not a data set: move it away, or choose another --data_dir")
+    made, old = folder.with_name(f".{name}.new"), folder.with_name(f".{name}.old")
+    try:
+        with locked(folder):
+            shutil.rmtree(made, ignore_errors=True)         # of a process that was killed
+            made.mkdir()
+            meta = {"name": name, "seed": seed, "options": options}
+            if name in GENERATED:
+                meta |= write_generated(made, name, seed, (train_tokens, val_tokens), options)
+            else:
+                meta |= download.convert(name, made, source, Path(data_dir) / "downloads", philox(seed, 0, "split"))
+            meta = finish(made, meta)
+            if folder.exists():
+                folder.rename(old)
+            made.rename(folder)
+    except MemoryError:
+        raise DataError(f"cannot make {folder}: generated data must fit into memory, take fewer tokens") from None
+    except OSError as error:
+        raise DataError(f"cannot make {folder}: {error.filename or ''} {error.strerror or error}") from None
+    finally:
+        for path in made, old:
+            shutil.rmtree(path, ignore_errors=True)
+    print(summary(meta, folder))
+
+
+@contextmanager
+def locked(folder):
+    """Inside, no other process prepares the same data set. On entering, what a killed process had moved away is put back."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        old = folder.with_name(f".{folder.name}.old")
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        yield
+
+
+def ensure(name, data_dir):
+    """Prepare a data set that is not there yet."""
+    folder = Path(data_dir) / name
+    if not (folder / "meta.json").exists():
+        if folder.with_name(f".{name}.lock").exists():
+            with locked(folder):                            # another process may be at it: wait
+                pass
+        if not (folder / "meta.json").exists():
+            prepare(name, data_dir)
+
+
+def check_request(name, source, seed, train_tokens, val_tokens, options):
+    """The task options that are set; UsageError if the request makes no sense."""
+    if name not in DATASETS:
+        raise UsageError(f"there is no data set {name!r}; all are {', '.join(DATASETS)}")
+    options = {key: value for key, value in options.items() if value not in (None, "")}
+    known = list(tasks.OPTIONS.get(name, {}))
+    for key in options.keys() - known:
+        has = f"has {', '.join('--' + k for k in known)}" if known else "has no options of its own"
+        raise UsageError(f"{name} has no option --{key}; it {has}")
+    if name in GENERATED and source:
+        raise UsageError(f"{name} is generated: it takes no --source")
+    if name not in GENERATED and (train_tokens, val_tokens) != (TRAIN_TOKENS, VAL_TOKENS):
+        raise UsageError(f"{name} is not generated: it takes no --train_tokens and no --val_tokens")
+    if name in NEEDS_SOURCE and not source:
+        raise UsageError(f"{name} needs {NEEDS_SOURCE[name]}: python data.py --dataset={name} --source=PATH")
+    if seed < 0 or min(train_tokens, val_tokens) < 2:
+        raise UsageError("--seed must not be negative, --train_tokens and --val_tokens must be at least 2")
+    if isinstance(options.get("length"), str):
+        try:
+            low, _, high = options["length"].partition("-")
+            options["length"] = int(low), int(high or low)
+        except ValueError:
+            raise UsageError(f"--length is one number or two, like 32 or 8-64, not {options['length']!r}") from None
+    return options
+
+
+def write_generated(folder, name, seed, n_tokens, options):
+    """Generate the two splits, each from its own random stream; returns their part of the meta."""
+    for stream, split in enumerate(("train", "val")):
+        rng = philox(seed, stream, "generate")
+        if name == "fables":
+            (tokens, starts), targets, vocab_size = fables.generate(rng, n_tokens[stream]), None, fables.VOCAB_SIZE
+        else:
+            tokens, targets, starts, vocab_size = tasks.TASKS[name](rng, n_tokens[stream], **options)
+        download.write_split(folder, split, [(tokens, starts)])
+        if targets is not None:
+            targets.tofile(folder / f"{split}_targets.bin")
+    meta = {"vocab_size": vocab_size, "options": tasks.OPTIONS.get(name, {}) | options}
+    if name == "fables":
+        return meta | {"kind": "text", "first_token": fables.SEPARATOR, "statistics": fables.statistics()}
+    return meta | {"kind": "synthetic", "first_token": None}
+
+
+def finish(folder, meta):
+    """Count and fingerprint what was written and write meta.json; returns the whole meta. DataError if a split is empty."""
+    meta = {"source": [], **meta, "longest_document": 0, "counts": {}}
+    seen, digest = np.zeros(256, np.int64), hashlib.sha256()
+    for split in ("train", "val"):
+        starts = np.load(folder / f"{split}_starts.npy").astype(np.int64)
+        if not len(starts):
+            raise DataError(f"there is nothing in the {split} split of {meta['name']}: its source holds no document")
+        tokens = np.memmap(folder / f"{split}.bin", np.uint8, mode="r")
+        seen += histogram(tokens)
+        lengths = np.diff(starts, append=documents_end(len(tokens), meta))
+        meta["longest_document"] = max(meta["longest_document"], int(lengths.max()))
+        size = sum(path.stat().st_size for path in folder.glob(f"{split}*"))
+        meta["counts"][split] = {"tokens": len(tokens), "documents": len(starts), "bytes": size}
+        if split == "train" and meta["kind"] == "image":
+            meta["first_token"] = int(np.bincount(tokens[starts]).argmax())   # the likeliest first pixel
+        for path in sorted(folder.glob(f"{split}*")):
+            for chunk in download.chunks(path, packed=False):
+                digest.update(chunk)
+    meta["fingerprint"] = digest.hexdigest()
+    if meta["kind"] == "text":
+        meta["alphabet"] = [int(i) for i in np.flatnonzero(seen)]
+    write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1) + "\n"))
+    return meta
+
+
+def summary(meta, folder):
+    """A table of what a data set holds."""
+    in_use = f" ({len(meta['alphabet'])} in use)" if "alphabet" in meta else ""
+    lines = [f"{folder}: vocabulary {meta['vocab_size']}{in_use}, longest document {meta['longest_document']:,} tokens",
+             f"{'split':<6}{'tokens':>16}{'documents':>14}{'bytes':>16}"]
+    for split, count in meta["counts"].items():
+        lines.append(f"{split:<6}{count['tokens']:>16,}{count['documents']:>14,}{count['bytes']:>16,}")
+    if "statistics" in meta:
+        known = meta["statistics"]
+        lines += [f"entropy {known['entropy_per_character']:.4f} nats per character: the loss that no model can beat",
+                  f"{known['fact_share']:.1%} of it are facts that come back later; to forget them costs "
+                  f"{known['forgetting_cost']:.4f} nats per character more"]
+    return "\n".join(lines)
+
+
+def documents_end(n_tokens, meta):
+    """Where the last document ends: a stream of stories closes with one more separator, which belongs to none."""
+    return n_tokens - 1 if meta["kind"] == "text" and meta["first_token"] == 0 else n_tokens
+
+
+def histogram(tokens):
+    """How often each byte value occurs (256,), a part at a time."""
+    return sum(np.bincount(tokens[i:i + SCAN], minlength=256) for i in range(0, len(tokens), SCAN))
