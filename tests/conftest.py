@@ -1,47 +1,52 @@
-"""What the tests share. The scripts live in the repository's root: make them importable from anywhere pytest is started."""
+"""What the tests share: scripts called in this process, three tiny data sets, a short SMT run on each."""
 import contextlib
 import gzip
 import io
+import os
 import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime
+import train_smt
+from lib.cli import run_main
+from sources.prepare import prepare
 
-import data  # noqa: E402
-import runtime  # noqa: E402
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
+os.environ.pop("TORCHELASTIC_RESTART_COUNT", None)
 
-signal.signal(signal.SIGINT, signal.default_int_handler)    # which a shell's background job ignores; some tests send it
-
-SIZES = ["--encoder=window", "--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--encoder_layers=1",
-         "--decoder_layers=1", "--updater_layers=1", "--conv_width=1", "--context_len=8", "--future_len=3"]
-BPTT_SIZES = ["--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2", "--updater_layers=1", "--decoder_layers=1",
-              "--context_len=8"]
+BPTT_SIZES = ["--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2",
+              "--updater_layers=1", "--decoder_layers=1"]
+SIZES = [*BPTT_SIZES, "--encoder=window", "--encoder_layers=1", "--conv_width=1", "--context_len=8",
+         "--future_len=3"]
 TRANSFORMER_SIZES = ["--d_model=8", "--n_heads=2", "--decoder_layers=1", "--context_len=8"]
 PAIRS = ["--seq_len=8", "--positions=2", "--trunk_iters=0"]
 ROLL_OUTS = ["--label_stride=1"]
-QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4", "--log_interval=1", "--eval_interval=100",
-         "--eval_docs=4", "--eval_len=16", "--lr_decay=constant", "--lr=0.01", "--optimizer=adamw"]
+QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4", "--log_interval=1",
+         "--eval_interval=100", "--eval_docs=4", "--eval_len=16", "--lr=0.01", "--optimizer=adamw"]
 
 
 def call(script, *arguments):
     """What `python <script>.py <arguments>` does, in this process: status, out, err."""
     out, err = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    status, argv = 0, sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    status, argv, start, runs = 0, sys.argv, runtime.start, []
     sys.argv = [script.__file__, *map(str, arguments)]
+    runtime.start = lambda *given: runs.append(start(*given)) or runs[-1]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runtime.run_main(script.main)
+            run_main(script.main)
     except SystemExit as stop:
         status = stop.code or 0
     finally:
-        sys.argv = argv
+        sys.argv, runtime.start = argv, start
+        for run in runs:
+            if run.lock is not None:                        # of the run's folder, as if the process had ended
+                os.close(run.lock)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     text = []
@@ -56,6 +61,14 @@ def trained(script, *arguments):
     result = call(script, *arguments)
     assert result.status == 0 and not result.err, result.err
     return result
+
+
+def refused(result, status, *names):
+    """One line on stderr, no traceback; it names the file or flag."""
+    lines = result.err.splitlines()
+    assert result.status == status and len(lines) == 1 and lines[0].startswith("error: "), result
+    for name in names:
+        assert str(name) in result.err, result.err
 
 
 def randomise(module, seed=0, std=0.3):
@@ -83,21 +96,21 @@ def data_dir(tmp_path_factory):
         content = np.array([0x803, *images.shape], ">u4").tobytes() + images.tobytes()
         (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
     with contextlib.redirect_stdout(io.StringIO()):
-        data.prepare("mnist", folder, folder)
-        data.prepare("fables", folder, train_tokens=6000, val_tokens=2000)
-        data.prepare("retrieval", folder, train_tokens=4000, val_tokens=400, length="8", symbols=4)
+        prepare("mnist", folder, folder)
+        prepare("fables", folder, train_tokens=6000, val_tokens=2000)
+        prepare("retrieval", folder, train_tokens=4000, val_tokens=400, length="8", symbols=4)
     return folder
 
 
 @pytest.fixture(scope="session")
 def smt_run(data_dir, tmp_path_factory):
     """smt_run(dataset): the folder of a short SMT run on it, made once."""
-    import train_smt
     runs = {}
 
     def folder(dataset):
         if dataset not in runs:
-            runs[dataset] = tmp_path_factory.mktemp(f"{dataset}-smt")
-            trained(train_smt, *QUICK, *SIZES, *PAIRS, f"--dataset={dataset}", f"--data_dir={data_dir}", f"--out_dir={runs[dataset]}")
+            runs[dataset] = tmp_path_factory.mktemp("runs") / f"{dataset}-smt"
+            trained(train_smt, *QUICK, *SIZES, *PAIRS, f"--dataset={dataset}", f"--data_dir={data_dir}",
+                    f"--out_dir={runs[dataset]}")
         return runs[dataset]
     return folder

@@ -1,17 +1,14 @@
 """The grammar of the fables keeps its rules, and the floor it promises is exact."""
 import math
 import re
-import sys
 from collections import Counter
 from itertools import combinations, product
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import fables
-from fables import FACTS, GRAMMAR, Given
+from sources import fables
+from sources.fables import FACTS, GRAMMAR, Given
 
 TINY = {  # small enough to write out every story; texts, lengths and recalls depend on earlier choices
     "story": {"{first} {second}": 1},
@@ -50,7 +47,7 @@ def is_open(name):
 # ---- the rules of the grammar, each checked for every text in it
 
 def walk(text, drawn, visit):
-    """Follow a text in every way: visit(name, names drawn before) at each draw; returns all sets drawn after."""
+    """Follow a text in every way: visit(name, names drawn before) at each draw; all sets drawn after."""
     states = {drawn}
     for name in names_in(text):
         after = {state for state in states if name in state}
@@ -63,14 +60,15 @@ def walk(text, drawn, visit):
 
 
 def clash(a, b, drawn):
-    """Whether text a or b can end, or come to a draw, before the two differ, whatever the choices in `drawn` are."""
+    """Whether text a or b can end, or come to a draw, before the two differ, given any choices `drawn`."""
     (a_start, a_name), (b_start, b_name) = (fables.pieces(text)[0] for text in (a, b))
     if not (a_start.startswith(b_start) or b_start.startswith(a_start)):
         return False
     name = a_name if len(a_start) <= len(b_start) else b_name
     if name is None or (is_open(name) and name not in drawn):
         return True
-    return any(clash(a.replace(f"{{{name}}}", value), b.replace(f"{{{name}}}", value), drawn) for value in texts_of(name))
+    mention = f"{{{name}}}"
+    return any(clash(a.replace(mention, value), b.replace(mention, value), drawn) for value in texts_of(name))
 
 
 def test_every_open_choice_is_in_every_story_and_after_the_choice_it_depends_on():
@@ -91,7 +89,8 @@ def test_texts_of_a_choice_differ_before_one_ends_or_draws():
 
 
 def test_clash_sees_what_the_rule_forbids():
-    for a, b in [("in", "in the"), ("{thing} in", "{animal} in"), ("{hero} ran", "{hero} ran off"), ("", "x")]:
+    for a, b in [("in", "in the"), ("{thing} in", "{animal} in"), ("{hero} ran", "{hero} ran off"),
+                 ("", "x")]:
         assert clash(a, b, frozenset({"hero"})), (a, b)
     assert not clash("{hero} ran", "{hero} sat", frozenset({"hero"}))
 
@@ -105,8 +104,8 @@ def test_choices_that_depend_on_another_cover_all_its_texts_and_weights_are_posi
 
 def test_no_story_can_be_longer_than_255_ascii_characters():
     def longest(name):
-        return max(sum(len(literal) + (longest(mention) if mention else 0) for literal, mention in fables.pieces(text))
-                   for text in texts_of(name))
+        return max(sum(len(literal) + (longest(mention) if mention else 0)
+                       for literal, mention in fables.pieces(text)) for text in texts_of(name))
 
     assert longest("story") <= 255
     assert all(text.isascii() and text.isprintable() for name in GRAMMAR for text in texts_of(name))
@@ -154,8 +153,8 @@ def test_statistics_of_the_tiny_grammar_are_those_of_all_its_stories():
     cost = sum(p * sum((mentioned.count(name) - 1) * surprise[name, values[name]] for name in TINY_FACTS)
                for _, p, values, mentioned in tiny)
     fact_entropy = sum(frequency[fact] * surprise[fact] for fact in frequency)
-    expected = {"entropy_per_character": entropy / length, "entropy_per_story": entropy, "mean_length": length,
-                "fact_share": fact_entropy / entropy, "forgetting_cost": cost / length}
+    expected = {"entropy_per_character": entropy / length, "entropy_per_story": entropy,
+                "mean_length": length, "fact_share": fact_entropy / entropy, "forgetting_cost": cost / length}
     assert fables.statistics(TINY, TINY_FACTS) == pytest.approx(expected)
 
 
@@ -175,7 +174,8 @@ def test_floor_agrees_with_a_sample_of_stories():
     lengths = np.array([len(story) + 1 for story in sample])
     surprises = np.array([-fables.log_prob(story) for story in sample])
     excess = surprises - statistics["entropy_per_character"] * lengths  # mean 0 where the ratio is right
-    for values, mean in [(lengths, statistics["mean_length"]), (surprises, statistics["entropy_per_story"]), (excess, 0)]:
+    for values, mean in [(lengths, statistics["mean_length"]), (surprises, statistics["entropy_per_story"]),
+                         (excess, 0)]:
         assert abs(values.mean() - mean) < 3 * values.std() / math.sqrt(len(sample))
 
 
@@ -195,7 +195,8 @@ def test_every_story_can_be_read_and_keeps_its_facts_to_the_end():
 
 
 @pytest.mark.parametrize("damage", [
-    lambda s: "", lambda s: s[:-1], lambda s: s + " ", lambda s: s[:100], lambda s: s.lower(), lambda s: s + " " + s,
+    lambda s: "", lambda s: s[:-1], lambda s: s + " ", lambda s: s[:100], lambda s: s.lower(),
+    lambda s: s + " " + s,
     lambda s: s.replace("little ", "tiny "), lambda s: "{story}",
     lambda s: s[:len(s) // 2] + s[len(s) // 2:].replace(fables.facts(s)["hero"], "Otto"),
     lambda s: s.replace(fables.facts(s)["home"], "in a hut")])
@@ -213,10 +214,10 @@ def word_of(fact, facts):
 
 def test_facts_are_kept_in_every_story_and_lost_when_their_last_word_changes():
     seen = Counter()
-    for story in stories(1000, seed=2):
+    for story in stories(250, seed=2):
         facts, last, kept = fables.facts(story), fables.sentences(story)[-1], fables.kept(story)
-        assert all(kept.values()) and set(kept) == {fact for fact in fables.RETURNING if fact != "animal" or last.startswith("In the")} - (
-            {"friend"} if last.startswith("In the") else set())
+        home = last.startswith("In the")                # an ending that names the den, and no friend
+        assert all(kept.values()) and set(kept) == set(fables.RETURNING) - {"friend" if home else "animal"}
         for fact, (told, place, end) in fables.returns(story).items():
             word = word_of(fact, facts)
             assert story[place:end] == word and place >= len(story) - len(last) > told
@@ -225,15 +226,18 @@ def test_facts_are_kept_in_every_story_and_lost_when_their_last_word_changes():
                 changed = story[:place] + other + story[place + len(word):]
                 assert fables.kept(changed) == kept | {fact: False}, changed
         seen.update(kept)
-    assert set(seen) == set(fables.RETURNING) and min(seen.values()) > 100
+    assert set(seen) == set(fables.RETURNING) and min(seen.values()) > 25
 
 
 def test_kept_takes_any_text():
-    story = "A fix, little Mila, livd by the lake. She lst a red kite. Old Bob slept. Little Mila, little Mila fly the kite by the lke."
+    story = ("A fix, little Mila, livd by the lake. She lst a red kite. Old Bob slept. "
+             "Little Mila, little Mila fly the kite by the lke.")
     assert fables.kept(story) == dict(hero=True, thing=True, home=False)
-    for text in ["", ".", "little", "Once little Mila.", "Once little Mila. Then Mila", "Once little Mila. Then little Mila", "\0\n\x7f. x."]:
+    for text in ["", ".", "little", "Once little Mila.", "Once little Mila. Then Mila",
+                 "Once little Mila. Then little Mila", "\0\n\x7f. x."]:
         assert fables.kept(text) == {}, text
-    for text in ["A fox. Now little Mila sat.", "Once little Mila. Now little Tom and little Mila sat.", "Once little Mila. Now little Milan sat."]:
+    for text in ["A fox. Now little Mila sat.", "Once little Mila. Now little Tom and little Mila sat.",
+                 "Once little Mila. Now little Milan sat."]:
         assert fables.kept(text) == dict(hero=False), text
 
 

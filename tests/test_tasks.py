@@ -1,14 +1,11 @@
 """Every synthetic task against a plain solver that sees the tokens alone: what is asked can be known."""
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from runtime import UsageError
-from tasks import NOTHING, OPTIONS, TASKS, to_text
+from lib.cli import UsageError
+from sources.tasks import NO_TARGET, OPTIONS, TASKS, to_text
 
 
 def make(name, n_tokens=3000, seed=0, **options):
@@ -75,7 +72,8 @@ SOLVERS = {"retrieval": solve_retrieval, "copy": solve_copy, "stack": solve_stac
 CASES = [*((name, {}) for name in TASKS),
          ("retrieval", {"length": (4, 4), "symbols": 2}), ("retrieval", {"length": (5, 90), "symbols": 254}),
          ("copy", {"length": (1, 1), "symbols": 2}), ("copy", {"length": (1, 30), "symbols": 100}),
-         ("stack", {"length": (2, 50), "depth": 1}), ("stack", {"length": (64, 64), "depth": 20, "symbols": 3}),
+         ("stack", {"length": (2, 50), "depth": 1}),
+         ("stack", {"length": (64, 64), "depth": 20, "symbols": 3}),
          ("keyvalue", {"keys": 1, "key_length": 1, "value_length": 1}),
          ("keyvalue", {"keys": 8, "key_length": 1, "value_length": 3}),
          ("keyvalue", {"symbols": 3, "keys": 9, "key_length": 2, "value_length": 1}),
@@ -89,9 +87,9 @@ def test_answers_follow_from_the_tokens_alone(name, options):
     options = dict(options)
     tokens, targets, starts, vocab_size = make(name, options.pop("n_tokens", 3000), **options)
     assert tokens.dtype == targets.dtype == np.uint8 and starts.dtype == np.uint64
-    assert tokens.max() < vocab_size <= NOTHING and len(tokens) == len(targets)
+    assert tokens.max() < vocab_size <= NO_TARGET and len(tokens) == len(targets)
     for x, y in documents(tokens, targets, starts, vocab_size):
-        assert y == [NOTHING if answer is None else answer for answer in SOLVERS[name](x, **options)]
+        assert y == [NO_TARGET if answer is None else answer for answer in SOLVERS[name](x, **options)]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -101,8 +99,8 @@ def test_the_stream_is_the_first_whole_number_of_documents_with_enough_tokens(na
         assert starts[0] == 0 and starts[-1] < n_tokens <= len(tokens)
 
 
-@pytest.mark.parametrize("name, low, high, tokens_each",
-                         [("retrieval", 4, 9, 1), ("copy", 1, 5, 2), ("stack", 2, 6, 1), ("modular", 3, 8, 2)])
+@pytest.mark.parametrize("name, low, high, tokens_each", [
+    ("retrieval", 4, 9, 1), ("copy", 1, 5, 2), ("stack", 2, 6, 1), ("modular", 3, 8, 2)])
 def test_lengths_fill_their_range_evenly(name, low, high, tokens_each):
     lengths = [len(x) / tokens_each for x, _ in documents(*make(name, 12000, length=(low, high)))]
     share = [lengths.count(n) / len(lengths) for n in range(low, high + 1)]
@@ -122,7 +120,8 @@ def test_needles_and_markers_reach_every_place_of_the_first_half():
 
 
 def test_noise_replaces_answers_by_random_symbols():
-    wrong = [y[-1] != solve_retrieval(x)[-1] for x, y in documents(*make("retrieval", 40000, length=(8, 8), noise=0.5))]
+    noisy = documents(*make("retrieval", 40000, length=(8, 8), noise=0.5))
+    wrong = [y[-1] != solve_retrieval(x)[-1] for x, y in noisy]
     assert np.mean(wrong) == pytest.approx(0.5 * 7 / 8, abs=0.03)
 
 
@@ -135,7 +134,7 @@ def test_stack_decides_by_a_coin_between_its_bounds():
             pops[height].append(token == 8)
             height += -1 if token == 8 else 1
     assert not any(pops[0]) and all(pops[3])
-    assert np.mean(pops[1]) == pytest.approx(0.5, abs=0.03) and np.mean(pops[2]) == pytest.approx(0.5, abs=0.03)
+    assert [np.mean(pops[height]) for height in (1, 2)] == pytest.approx([0.5, 0.5], abs=0.03)
 
 
 def test_keyvalue_asks_for_each_of_its_keys_and_all_keys_occur():
@@ -153,9 +152,10 @@ def test_keyvalue_asks_for_each_of_its_keys_and_all_keys_occur():
     ("retrieval", {"symbols": 255}), ("retrieval", {"noise": -0.1}), ("retrieval", {"noise": 1.1}),
     ("retrieval", {"noise": float("nan")}), ("copy", {"length": (0, 4)}), ("copy", {"symbols": 300}),
     ("stack", {"depth": 0}), ("stack", {"length": (1, 1)}), ("keyvalue", {"keys": 0}),
-    ("keyvalue", {"keys": 9, "key_length": 1}), ("keyvalue", {"key_length": 0}), ("keyvalue", {"value_length": 0}),
-    ("keyvalue", {"key_length": 10 ** 9}), ("modular", {"modulus": 6}), ("modular", {"modulus": 1}),
-    ("modular", {"modulus": 257}), ("modular", {"length": (2, 5)}), *((name, {"n_tokens": 0}) for name in TASKS)])
+    ("keyvalue", {"keys": 9, "key_length": 1}), ("keyvalue", {"key_length": 0}),
+    ("keyvalue", {"value_length": 0}), ("keyvalue", {"key_length": 10 ** 9}), ("modular", {"modulus": 6}),
+    ("modular", {"modulus": 1}), ("modular", {"modulus": 257}), ("modular", {"length": (2, 5)}),
+    *((name, {"n_tokens": 0}) for name in TASKS)])
 def test_options_that_make_no_sense_are_refused_in_one_line(name, options):
     with pytest.raises(UsageError) as error:
         make(name, **options)
