@@ -212,8 +212,9 @@ class Decoder(nn.Module):
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, memory, x):
-        h = torch.cat([memory, self.embed(x)], dim=1)
-        return self.predict(self.transformer(h, attend_to_past, slice(memory.shape[1] - 1, None)))
+        n, h = x.shape[1], torch.cat([memory, self.embed(x)], dim=1)
+        h = self.transformer(h, attend_to_past, slice(None) if n else slice(-1, None))
+        return self.predict(h[:, -n - 1:])
 
     def predict(self, h):
         """The head alone. (.., d) -> logits (.., V)"""
