@@ -1,4 +1,4 @@
-"""The networks and the losses written out as loops, in float64: one query, one head, one position, one row at a time.
+"""The networks and the losses written out as loops, in float64, one query and one head at a time.
 
 Slow and obvious. The tests hold model.py and the train scripts against them.
 """
@@ -8,7 +8,7 @@ import torch
 
 from model import IGNORE, Encoder, normalise
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The networks
 
 def rms_norm(h, gain=1.0):
@@ -20,7 +20,7 @@ def gelu(h):
 
 
 def turned(q, position):
-    """RoPE on one head's vector (d,): component i turns with component i + d / 2, if i is in the first quarter."""
+    """RoPE on one head (d,): component i turns with component i + d / 2, if i is in the first quarter."""
     half, out = len(q) // 2, [None] * len(q)
     for i in range(half):
         angle = position / 10000 ** (2 * i / len(q)) if 2 * i < half else 0
@@ -30,7 +30,7 @@ def turned(q, position):
 
 
 def reference_stem(stem, x):
-    """The tokens of x (a list) embedded, each plus what the convolution makes of the last few up to it -> (n, d)."""
+    """The tokens of x (a list) embedded, each plus the convolution of the last few up to it -> (n, d)."""
     h, d = stem.embed.weight[x], stem.embed.weight.shape[1]
     if stem.width == 1:
         return h
@@ -38,7 +38,7 @@ def reference_stem(stem, x):
     for i in range(len(x)):
         mixed = h[i]
         for j in range(max(0, i + 1 - stem.width), i + 1):
-            begin = (j - i + stem.width - 1) * d                    # the last part of the weights is for x_i itself
+            begin = (j - i + stem.width - 1) * d            # the last part is for x_i itself
             mixed = mixed + stem.mix.weight[:, begin:begin + d] @ h[j]
         out.append(mixed)
     return torch.stack(out)
@@ -54,8 +54,9 @@ def reference_transformer(transformer, h, positions, sees):
             for start in range(0, h.shape[1], size):
                 part = slice(start, start + size)
                 query = turned(q[i, part], positions[i])
-                scores = torch.stack([query @ turned(k[j, part], positions[j]) for j in sees[i]]) / math.sqrt(size)
-                row.append(sum(w * v[j, part] for w, j in zip(scores.exp() / scores.exp().sum(), sees[i])))
+                scores = torch.stack([query @ turned(k[j, part], positions[j]) for j in sees[i]])
+                weights = (scores / math.sqrt(size)).softmax(0)
+                row.append(sum(w * v[j, part] for w, j in zip(weights, sees[i])))
             mixed.append(torch.cat(row))
         h = h + torch.stack(mixed) @ block.out.weight.T
         h = h + gelu(rms_norm(h, block.mlp_norm.weight) @ block.up.weight.T) @ block.down.weight.T
@@ -85,8 +86,8 @@ def reference_decoder(decoder, memory, x):
     """Logits (Tf, V) from memory (K, d) and x (a list of Tf - 1 tokens)."""
     h = torch.cat([memory, reference_stem(decoder.embed, x)]) if x else memory
     places = range(len(h))
-    h = reference_transformer(decoder.transformer, h, places, [range(i + 1) for i in places])[len(memory) - 1:]
-    return rms_norm(h, decoder.norm.weight) @ decoder.head.weight.T
+    h = reference_transformer(decoder.transformer, h, places, [range(i + 1) for i in places])
+    return rms_norm(h[len(memory) - 1:], decoder.norm.weight) @ decoder.head.weight.T
 
 
 def reference_readout(readout, memory):
@@ -117,7 +118,7 @@ def reference_updater(updater, memory, x):
     return rms_norm(torch.stack([(1 - g) * old + g * new for g, old, new in zip(gates, memory, h)]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The losses: each takes the networks as they are, a row and a position at a time
 
 def nll(logits, target):
@@ -138,7 +139,8 @@ def reference_uniformity(memory_tokens):
 
 def smt_losses(networks, x, y, t, config, pad):
     """The terms of smt_loss, from its docstring; few enough memory tokens for L_unif to take all."""
-    encoder, decoder, updater, readout = (networks[name] for name in ("encoder", "decoder", "updater", "readout"))
+    names = "encoder", "decoder", "updater", "readout"
+    encoder, decoder, updater, readout = (networks[name] for name in names)
     dec, dyn, read, trunk, memories, T = [], [], [], [], [], x.shape[1]
     for b in range(len(x)):
         for i in t.tolist():

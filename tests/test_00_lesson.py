@@ -1,13 +1,13 @@
 """Supervised Memory Training on four tokens, by hand. Read this file from top to bottom: it is the method.
 
-The row is `a b a c`. What is to be predicted after each token is the next one:
+The row is `a b a c`. After each token the next one is to be predicted:
 
     t      -1   0   1   2   3
     x_t         a   b   a   c       what is read
     y_t         b   a   c   -       what is predicted; nothing follows the last token
 
-A recurrent network reads x_0, x_1, .. one after the other and keeps a memory: m_t = f(m_{t-1}, x_t). From m_t it
-predicts y_t. SMT trains f without running it over the row: an encoder says what m_{t-1} and m_t should be.
+A recurrent network reads x_0, x_1, .. one after the other and keeps a memory: m_t = f(m_{t-1}, x_t). From m_t
+it predicts y_t. SMT trains f without running it over the row: an encoder says what m_{t-1} and m_t should be.
 """
 import torch
 
@@ -17,7 +17,7 @@ from train_smt import Config, count_terms, smt_loss
 A, B, C, PAD = 0, 1, 2, 3                   # V = 3 tokens; PAD stands for "no token"
 x = torch.tensor([[A, B, A, C]])
 y = torch.tensor([[B, A, C, IGNORE]])
-t = torch.tensor([1, 2])                    # a step of training looks at a few positions, drawn at random; here two
+t = torch.tensor([1, 2])                    # a step of training looks at a few random positions; here two
 config = Config(memory_tokens=2, d_model=8, n_heads=2, context_len=3, future_len=2, batch_size=1, positions=2)
 
 
@@ -51,15 +51,15 @@ def test_1_the_encoder_reads_the_past_and_writes_a_memory():
                         [PAD, A, B],            # m_1
                         [A, B, A],              # m_2
                         [B, A, C]]              # m_3
-    assert memories.shape == (1, 5, 2, 8)       # of one row, at five positions: K = 2 memory tokens of width d = 8
+    assert memories.shape == (1, 5, 2, 8)       # one row, five positions, K = 2 memory tokens of width d = 8
 
 
 def test_2_a_memory_is_good_if_the_future_can_be_decoded_from_it():
-    """The decoder predicts the next future_len = 2 targets: the first from m_t alone, the second with x_{t+1}, too."""
+    """It predicts the next future_len = 2 targets: the first from m_t alone, the second with x_{t+1}, too."""
     networks = make()
     future_x, future_y = futures(x, y, t, config.future_len, PAD)
-    assert future_y.tolist() == [[[A, C], [C, IGNORE]]]                 # y_1 y_2 at t = 1, and y_2 y_3 at t = 2
-    assert future_x.tolist() == [[[A], [C]]]                            # x_2 at t = 1, and x_3 at t = 2
+    assert future_y.tolist() == [[[A, C], [C, IGNORE]]]         # y_1 y_2 at t = 1, and y_2 y_3 at t = 2
+    assert future_x.tolist() == [[[A], [C]]]                    # x_2 at t = 1, and x_3 at t = 2
     first = networks["decoder"](memory(networks, 1), torch.tensor([[A]]))[0]
     second = networks["decoder"](memory(networks, 2), torch.tensor([[C]]))[0]
     L_dec = (surprise(first[0], A) + surprise(first[1], C) + surprise(second[0], C)) / 3
@@ -67,7 +67,7 @@ def test_2_a_memory_is_good_if_the_future_can_be_decoded_from_it():
 
 
 def test_3_f_learns_one_step_at_a_time_from_pairs_of_memories():
-    """(m_0, x_1) -> m_1 and (m_1, x_2) -> m_2. No step waits for another one: all pairs are learned in parallel."""
+    """(m_0, x_1) -> m_1 and (m_1, x_2) -> m_2. No step waits for another: pairs are learned in parallel."""
     networks, errors = make(), []
     for before, token, after in ((0, B, 1), (1, A, 2)):
         predicted = networks["updater"](memory(networks, before), torch.tensor([token]))
