@@ -1,21 +1,23 @@
 """Data: prepare every data set, load it, draw training rows.
 
-    python data.py                                                # fables: generated, nothing to download
-    python data.py --dataset=retrieval --length=8-64 --symbols=16 # or copy, stack, keyvalue, modular: generated
-    python data.py --dataset=tinystories                          # downloaded; with --source=FOLDER, files you have
-    python data.py --dataset=mnist                                # the same
-    python data.py --dataset=sketchy --source=FOLDER              # a folder of pictures
-    python data.py --dataset=text --source=FILE                   # any text of yours
+    python data.py                                      # fables: generated
+    python data.py --dataset=retrieval --length=8-64    # or copy, stack, keyvalue, modular: generated
+    python data.py --dataset=tinystories                # downloaded; files you have: --source=FOLDER
+    python data.py --dataset=mnist                      # the same
+    python data.py --dataset=sketchy --source=FOLDER    # a folder of pictures
+    python data.py --dataset=text --source=FILE         # any text of yours
 
-A data set is a folder <data_dir>/<name>/ with meta.json and, per split (train, val), one flat stream of uint8 tokens:
+A data set is a folder <data_dir>/<name>/ with meta.json and, per split (train, val), one flat stream of uint8
+tokens:
 
     <split>.bin            the tokens, 0..V-1
     <split>_starts.npy     uint64, where each document begins; the first begins at 0
     <split>_targets.bin    uint8, only where the target is not the next token; 255: no target here
 
-Three kinds. `text`: one stream, 0 story 0 story 0; a document is a 0 (in the data set `text`: a newline) with the characters that
-follow, and its last target is the separator after it. `image`: a picture is a document, without a target after its last pixel.
-`synthetic`: documents with their own targets. Downloads are kept in <data_dir>/downloads/.
+Three kinds. `text`: one stream, 0 story 0 story 0; a document is a 0 (in the data set `text`: a newline) with
+the characters that follow, and its last target is the separator after it. `image`: a picture is a document,
+without a target after its last pixel. `synthetic`: documents with their own targets. Downloads are kept in
+<data_dir>/downloads/.
 """
 import json
 import math
@@ -29,19 +31,20 @@ from lib.cli import DataError, UsageError, check_fields, parse, run_main
 from lib.seeds import philox
 from model import IGNORE
 from sources import download, tasks
-from sources.prepare import NEEDS_SOURCE, TRAIN_TOKENS, VAL_TOKENS, documents_end, histogram, prepare
+from sources.bins import check_meta, documents_end, load_split
+from sources.prepare import NEEDS_SOURCE, TRAIN_TOKENS, VAL_TOKENS, prepare
 
 
 @dataclass(frozen=True)
 class Config:
     """Flags of data.py."""
-    dataset: str = "fables"  # fables, retrieval, copy, stack, keyvalue, modular, tinystories, mnist, sketchy or text
+    dataset: str = "fables"     # retrieval, copy, stack, keyvalue, modular, tinystories, mnist, sketchy, text
     data_dir: str = "data"          # folder that holds the prepared data sets
-    source: str = ""                # file or folder with the original files, plain or .gz; empty: download them
+    source: str = ""              # file or folder with the original files, plain or .gz; empty: download them
     seed: int = 0                   # of generated data, and of the split of sketchy
     train_tokens: int = TRAIN_TOKENS # tokens to generate for training
     val_tokens: int = VAL_TOKENS    # tokens to generate for validation
-    length: str = ""                # retrieval: tokens; copy: symbols; stack: operations; modular: pairs. 32, or 8-64
+    length: str = ""        # retrieval: tokens; copy: symbols; stack: operations; modular: pairs. 32, or 8-64
     symbols: int | None = None      # retrieval, copy, stack, keyvalue: how many symbols
     noise: float | None = None      # retrieval: probability that the target is replaced by a random symbol
     depth: int | None = None        # stack: the greatest depth
@@ -54,19 +57,21 @@ class Config:
         check_fields(self)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training rows
 
 @dataclass
 class Split:
-    """tokens (N,) uint8 and targets (N,) uint8 or None, on any device; starts (D,) int64, on the CPU; the device of the rows."""
+    """tokens (N,) uint8 and targets (N,) uint8 or None, on any device; starts (D,) int64, on the CPU; the
+    device of the rows."""
     tokens: torch.Tensor
     targets: torch.Tensor | None
     starts: torch.Tensor
     device: torch.device = torch.device("cpu")
 
     def to(self, device):
-        """The split with rows on a device; its tokens and targets move there, too, if they take a quarter of the free memory at most."""
+        """The split with rows on a device; its tokens and targets move there, too, if they take a quarter of
+        the free memory at most."""
         streams = self.tokens, self.targets
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         if sum(stream.nbytes for stream in streams if stream is not None) <= free / 4:
@@ -102,8 +107,8 @@ class Data:
 def document_rows(split, meta, begin, length, cut):
     """Rows of `length` tokens that begin at the indices `begin` (B,) of a split.
 
-    Returns x (B, T) and y (B, T), int64, on split.device. Past the end of the document (if `cut`) or of the stream x is PAD and y
-    is IGNORE.
+    Returns x (B, T) and y (B, T), int64, on split.device. Past the end of the document (if `cut`) or of the
+    stream x is PAD and y is IGNORE.
     """
     n_tokens, device, begin = len(split.tokens), split.tokens.device, begin.cpu()
     end = torch.full_like(begin, n_tokens)
@@ -133,12 +138,13 @@ def row_length(data, seq_len):
 def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, rank=0, world_size=1):
     """The training batch of a step, a pure function of (seed, step); each rank takes its slice of it.
 
-    A row of text begins at a document's start with probability p_start, else anywhere in the stream; other rows are whole documents.
-    Returns x, y (batch_size / world_size, seq_len) int64 on the device of the rows, and the positions t (n_positions,) int64 of the
-    step: on the CPU, in random order, distinct if they can be.
+    A row of text begins at a document's start with probability p_start, else anywhere in the stream; other
+    rows are whole documents. Returns x, y (batch_size / world_size, seq_len) int64 on the device of the rows,
+    and the positions t (n_positions,) int64 of the step: on the CPU, in random order, distinct if they can
+    be.
     """
     if batch_size % world_size:
-        raise UsageError(f"--batch_size={batch_size} must be a multiple of the number of processes, {world_size}")
+        raise UsageError(f"--batch_size={batch_size} must be a multiple of {world_size} processes")
     starts, n_tokens, documents = data.train.starts, len(data.train.tokens), data.meta["kind"] != "text"
     rng = philox(seed, step, "batch")
     if n_positions <= seq_len:
@@ -147,7 +153,7 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
         t = rng.integers(seq_len, size=n_positions)
     at_start = documents | (rng.random(batch_size) < p_start)
     document_start = starts[rng.integers(len(starts), size=batch_size)]
-    anywhere = torch.from_numpy(rng.integers(n_tokens - 1, size=batch_size))    # the last token has no next one
+    anywhere = torch.from_numpy(rng.integers(n_tokens - 1, size=batch_size))  # the last token has no next one
     begin = torch.where(torch.from_numpy(at_start), document_start, anywhere).chunk(world_size)[rank]
     return *document_rows(data.train, data.meta, begin, seq_len, cut=documents), torch.from_numpy(t)
 
@@ -155,9 +161,9 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
 def held_out(data, n_documents, length, seed):
     """Validation rows x, y (n_documents, length), the same for every caller with the same seed.
 
-    Documents from their start, cut at their end, and rows no longer than the longest of them; of synthetic tasks as long as it,
-    since their targets come last. The data set `text` has paragraphs too short to remember anything in: its rows go on. No document
-    comes twice before each has come once.
+    Documents from their start, cut at their end, and rows no longer than the longest of them; of synthetic
+    tasks as long as it, since their targets come last. The data set `text` has paragraphs too short to
+    remember anything in: its rows go on. No document comes twice before each has come once.
     """
     cut, longest = data.meta["name"] != "text", data.meta["longest_document"]
     length = longest if data.meta["kind"] == "synthetic" else min(length, longest) if cut else length
@@ -165,11 +171,12 @@ def held_out(data, n_documents, length, seed):
     return document_rows(data.val, data.meta, data.val.starts[order], length, cut)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text and tokens
 
 def encode(text, meta):
-    """The tokens of a text, a list, without a separator before it. UsageError if the data set lacks a character."""
+    """The tokens of a text, a list, without a separator before it. UsageError if the data set lacks a
+    character."""
     if meta["kind"] != "text":
         raise UsageError(f"{meta['name']} is not made of text: there are no tokens for {text!r}")
     alphabet = set(meta["alphabet"]) - {0}
@@ -188,14 +195,12 @@ def decode(tokens, meta):
     return bytes(tokens).decode("utf-8", "replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading
 
-META = dict(name=str, kind=str, vocab_size=int, first_token=(int, type(None)), longest_document=int, counts=dict)
-
-
 def load(name, data_dir):
-    """The data set data_dir/name, its bins mapped into memory. DataError if it is missing or not what its meta.json says."""
+    """The data set data_dir/name, its bins mapped into memory. DataError if it is missing or not what its
+    meta.json says."""
     folder = Path(data_dir) / name
     again = f"prepare it: python data.py --dataset={name} --data_dir={data_dir}"
     again += " --source=PATH" if name in NEEDS_SOURCE else ""
@@ -205,60 +210,20 @@ def load(name, data_dir):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         check_meta(meta)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}); {again}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{folder / 'meta.json'} is damaged ({reason}); {again}") from None
     try:
-        return Data(meta, *(load_split(folder, meta, split) for split in ("train", "val")))
+        splits = [map(to_tensor, load_split(folder, meta, split)) for split in ("train", "val")]
+        return Data(meta, *(Split(*split) for split in splits))
     except (EOFError, ValueError) as error:
         raise DataError(f"{folder}: {error}; {again}") from None
 
 
-def check_meta(meta):
-    """ValueError, TypeError, KeyError or AttributeError unless a meta.json has what loading, sampling and evaluating need."""
-    wrong = [key for key, kinds in META.items() if not isinstance(meta[key], kinds) or isinstance(meta[key], bool)]
-    V, first = meta["vocab_size"], meta["first_token"]
-    sizes = [meta["longest_document"], *(meta["counts"][split][what] for split in ("train", "val") for what in ("tokens", "documents"))]
-    wrong += ["vocab_size"] * (not 2 <= V <= 256) + ["first_token"] * (first is not None and not 0 <= first < V)
-    wrong += ["counts"] * (not all(type(n) is int and 0 < n < 2**48 for n in sizes) or sizes[0] > max(sizes[1], sizes[3]))
-    wrong += ["kind"] * (meta["kind"] not in ("text", "image", "synthetic") or meta["kind"] != "synthetic" and first is None)
-    if meta["kind"] == "synthetic":
-        wrong += ["name"] * (meta["name"] not in tasks.TASKS)
-    elif meta["kind"] == "text":
-        wrong += ["alphabet"] * (not all(type(i) is int and 0 <= i < 256 for i in meta["alphabet"]))
-    else:
-        height, width, patch = (meta["image"][key] for key in ("height", "width", "patch"))
-        wrong += ["image"] * (patch not in (1, 2) or height * width != sizes[0] * patch**2 or height % patch or width % patch)
-    wrong += ["statistics"] * (type(meta.get("statistics", {"entropy_per_character": 0.0})["entropy_per_character"]) is not float)
-    if wrong:
-        raise ValueError(f"{wrong[0]} makes no sense")
+def to_tensor(array):
+    return None if array is None else torch.from_numpy(array)
 
 
-def load_split(folder, meta, split):
-    """One Split. ValueError says what is wrong with it."""
-    n_tokens, n_documents = meta["counts"][split]["tokens"], meta["counts"][split]["documents"]
-    tokens = map_bin(folder / f"{split}.bin", n_tokens)
-    targets = map_bin(folder / f"{split}_targets.bin", n_tokens) if meta["kind"] == "synthetic" else None
-    starts = np.load(folder / f"{split}_starts.npy", allow_pickle=False).astype(np.int64)
-    if starts.shape != (n_documents,) or not n_documents:
-        raise ValueError(f"{split}_starts.npy has {starts.size} documents, meta.json says {n_documents}")
-    if starts[0] != 0 or starts[-1] >= n_tokens or (np.diff(starts) <= 0).any():
-        raise ValueError(f"{split}_starts.npy does not hold rising indices from 0 to below {n_tokens}")
-    for array, allowed in (tokens, ()), (targets, (tasks.NO_TARGET,)):
-        if array is not None and meta["vocab_size"] < 256:
-            wrong = [i for i in np.flatnonzero(histogram(array)) if i >= meta["vocab_size"] and i not in allowed]
-            if wrong:
-                raise ValueError(f"{split} holds the token {wrong[0]}, outside the vocabulary of {meta['vocab_size']}")
-    return Split(torch.from_numpy(tokens), None if targets is None else torch.from_numpy(targets), torch.from_numpy(starts))
-
-
-def map_bin(path, n_tokens):
-    """A bin of n_tokens bytes as an array: only the pages that are read take up memory."""
-    size = path.stat().st_size
-    if size != n_tokens or size < 2:
-        raise ValueError(f"{path.name} has {size} tokens, meta.json says {n_tokens}")
-    return np.memmap(path, np.uint8, mode="c")  # copy on write: nothing here writes, and torch takes no read-only array
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = vars(parse(Config))

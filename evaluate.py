@@ -4,18 +4,20 @@
     python evaluate.py --dataset=tinystories
     python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --eval_docs=1000
 
-A number is followed by its standard error over the held-out documents. The train scripts log the same numbers:
+A number is followed by its standard error over the held-out documents. The train scripts log the same
+numbers:
 
-    val_rnn_loss, val_rnn_accuracy    the result: updater and readout alone, rolled out from m_empty; nats per target
-    val_teacher_loss, _accuracy       the encoder, then the decoder's first target
-    val_held_<n>, val_held_full       what the encoder's memory holds: nats per target that the decoder reads from the memory of
-                                      n tokens earlier and the tokens since; full: from the whole past, by the causal encoder's
-                                      trunk. The targets are the same: the difference is what the memory lacks
-    val_drift                         squared error of the rolled-out memory against the encoder's, over the variance of the
-                                      encoder's between documents: 0 is the same, 1 no better than the mean memory
-    val_gap_to_floor                  fables: val_rnn_loss minus the entropy of the grammar
+    val_rnn_loss, _accuracy      updater and readout alone, rolled out from m_empty: the result; nats
+    val_teacher_loss, _accuracy  the encoder, then the decoder's first target
+    val_held_<n>                 the decoder, from the encoder's memory of n tokens before and the tokens since
+    val_held_full                the same targets from the whole past, by the causal encoder's trunk: what is
+                                 lower here than in val_held_<n> the memory lacks
+    val_drift                    squared error of the rolled-out memory against the encoder's, over the
+                                 variance of the encoder's between documents; 1: as bad as the mean memory
+    val_gap_to_floor             fables: val_rnn_loss minus the entropy of the grammar
 
-python -m experiments.report adds figures, n-gram models and, for fables, the facts that generated stories keep.
+python -m experiments.report adds figures, n-gram models and, for fables, the facts that generated stories
+keep.
 """
 import math
 import sys
@@ -35,7 +37,7 @@ from runtime import choose_device
 class Config:
     """Flags of evaluate.py."""
     dataset: str = "fables"     # data set whose most finished run in runs/ is taken
-    ckpt: str = ""              # checkpoints (files or folders of runs) to take instead, of one data set, separated by commas
+    ckpt: str = ""              # checkpoints (files or folders of runs) to take instead, separated by commas
     data_dir: str = "data"      # folder of the prepared data sets
     eval_docs: int = 256        # held-out documents, at most
     eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
@@ -47,12 +49,12 @@ class Config:
             raise UsageError(f"--ckpt is one checkpoint or several, separated by commas, not {self.ckpt!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers. Each is measured as amounts and weights (N, S), of N documents at S positions: the number is sum over sum.
+# ------------------------------------------------------------------------------------------------------------
+# Numbers. Each is measured as amounts and weights (N, S), of N documents at S positions: sum over sum.
 
 DISTANCES = 0, 16, 64       # tokens between a memory and the target that the decoder reads from it
 HELD_TARGETS = 16           # targets of each document that are read from all distances, at most
-SAME = 1e-6                 # variance of memories below which the documents are the same, and there is no drift to speak of
+SAME = 1e-6               # variance of memories below which documents do not differ, and drift has no meaning
 
 
 def spread(t, most):
@@ -70,27 +72,31 @@ def loss_of(name, logits, y):
 def loss_and_accuracy(name, logits, y):
     """The same, and the accuracy."""
     valid = y != IGNORE
-    return loss_of(f"{name}_loss", logits, y) | {f"{name}_accuracy": ((logits.argmax(-1) == y) & valid, valid)}
+    right = (logits.argmax(-1) == y) & valid
+    return loss_of(f"{name}_loss", logits, y) | {f"{name}_accuracy": (right, valid)}
 
 
 def read_from(networks, memory, x, t, n):
-    """The decoder's logits (P, V) of y_t, from m_{t-n} and x_{t-n+1..t}: memory (P, K, d), x (P, L), t (P,)."""
+    """The decoder's logits (P, V) of y_t, t (P,), from m_{t-n} (P, K, d) and x_{t-n+1..t} of x (P, L)."""
     since = t[:, None] + torch.arange(1 - n, 1, device=t.device)
     return networks["decoder"](memory, x.gather(1, since))[:, -1].float()
 
 
 def measure_held(networks, x, y, t, distances, memories=None):
-    """held_<n> at positions t (S,) of x, y (N, L) for each n of the distances, and held_full where there is a trunk.
+    """held_<n> at positions t (S,) of x, y (N, L) for each n of the distances, and held_full where there is a
+    trunk.
 
     memories: a function of t, (S,) -> (N, S, K, d); the encoder's unless given.
     """
     encoder, measured = networks["encoder"], {}
     for n in distances:
         memory = memories(t - n) if memories else encoder(x, t - n)
-        logits = read_from(networks, memory.flatten(0, 1), x.repeat_interleave(len(t), 0), t.repeat(len(x)), n)
+        rows = x.repeat_interleave(len(t), 0)
+        logits = read_from(networks, memory.flatten(0, 1), rows, t.repeat(len(x)), n)
         measured |= loss_of(f"held_{n}", logits.view(len(x), len(t), -1), y[:, t])
     if hasattr(encoder, "trunk"):
-        measured |= loss_of("held_full", networks["decoder"].predict(encoder.trunk(x)[1][:, t + 1]).float(), y[:, t])
+        _, h = encoder.trunk(x)
+        measured |= loss_of("held_full", networks["decoder"].predict(h[:, t + 1]).float(), y[:, t])
     return measured
 
 
@@ -98,22 +104,25 @@ def measure_held(networks, x, y, t, distances, memories=None):
 def measure(networks, initial_memory, x, y, t, rows=16):
     """{name: (amounts, weights)} of held-out documents x, y (N, L), computed `rows` documents at a time.
 
-    rnn_loss and rnn_accuracy at all positions that have a target. Where there is an encoder, at positions t (S,): teacher_loss,
-    teacher_accuracy, drift, and held_<n> for those of DISTANCES that are below future_len and fit into the documents.
+    rnn_loss and rnn_accuracy at all positions that have a target. Where there is an encoder, at positions t
+    (S,): teacher_loss, teacher_accuracy, drift, and held_<n> for those of DISTANCES that are below future_len
+    and fit into the documents.
     """
     targets, memories, logits = (y != IGNORE).any(0), [], []
-    targets[:1] |= ~targets.any()                               # the networks take no empty batch: one position without a weight
+    targets[:1] |= ~targets.any()           # the networks take no empty batch: one position without a weight
     for part in x.split(rows):
-        memory = roll_out_without_gradients(networks["updater"], initial_memory.expand(len(part), -1, -1), part)
+        start = initial_memory.expand(len(part), -1, -1)
+        memory = roll_out_without_gradients(networks["updater"], start, part)
         memories.append(memory[:, t])
-        logits.append(networks["readout"](memory[:, targets].flatten(0, 1)).float().unflatten(0, (len(part), -1)))
+        memory = memory[:, targets]
+        logits.append(networks["readout"](memory.flatten(0, 1)).float().view(*memory.shape[:2], -1))
     measured = loss_and_accuracy("rnn", torch.cat(logits), y[:, targets])
     if "encoder" not in networks or not len(t):
         return measured
 
-    labels = torch.cat([networks["encoder"](part, t) for part in x.split(rows)])                     # (N, S, K, d)
-    logits = networks["decoder"](labels.flatten(0, 1), x.new_empty(labels[..., 0, 0].numel(), 0))[:, 0].float()
-    real = x[:, t] != networks["encoder"].pad                                                        # a document may have ended
+    labels = torch.cat([networks["encoder"](part, t) for part in x.split(rows)])        # (N, S, K, d)
+    logits = networks["decoder"](labels.flatten(0, 1), x.new_empty(len(x) * len(t), 0))[:, 0].float()
+    real = x[:, t] != networks["encoder"].pad                                      # a document may have ended
     mean = (labels * real[..., None, None]).sum(0) / real.sum(0).clamp(min=1)[:, None, None]
     error, variance = ((m - labels).square().mean((-2, -1)) * real for m in (torch.cat(memories), mean))
     measured |= loss_and_accuracy("teacher", logits.view(*real.shape, -1), y[:, t])
@@ -122,7 +131,7 @@ def measure(networks, initial_memory, x, y, t, rows=16):
 
     distances = [n for n in DISTANCES if n < networks["decoder"].future_len and n <= int(t.max()) + 1]
     late = spread(t[t >= distances[-1] - 1], HELD_TARGETS)
-    parts = [measure_held(networks, part_x, part_y, late, distances) for part_x, part_y in zip(x.split(rows), y.split(rows))]
+    parts = [measure_held(networks, *part, late, distances) for part in zip(x.split(rows), y.split(rows))]
     return measured | {name: tuple(map(torch.cat, zip(*(part[name] for part in parts)))) for name in parts[0]}
 
 
@@ -132,21 +141,25 @@ def ratio(amounts, weights):
 
 
 def standard_error(amounts, weights):
-    """Standard error of the ratio r = sum a / sum w over N documents, the independent units, document i with sums a_i and w_i:
+    """Standard error of the ratio r = sum a / sum w over N documents, the independent units, document i with
+    sums a_i and w_i:
 
         sqrt(N / (N - 1) sum_i (a_i - r w_i)^2) / sum_i w_i
 
-    (the ratio estimator: W. Cochran, Sampling Techniques, chapter 6). None for a single document. Where all w_i are the same it
-    is the standard deviation of the documents' means over sqrt(N). Rows of the data set `text` overlap: there it is too small.
+    (the ratio estimator: W. Cochran, Sampling Techniques, chapter 6). None for a single document. Where all
+    w_i are the same it is the standard deviation of the documents' means over sqrt(N). Rows of the data set
+    `text` overlap: there it is too small.
     """
     a, w = (tensor.float().sum(1) for tensor in (amounts, weights))
     if len(a) < 2:
         return None
-    return math.sqrt(float((a - ratio(a, w) * w).square().sum()) * len(a) / (len(a) - 1)) / max(float(w.sum()), 1e-12)
+    squares = float((a - ratio(a, w) * w).square().sum())
+    return math.sqrt(squares * len(a) / (len(a) - 1)) / max(float(w.sum()), 1e-12)
 
 
 def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, errors=False):
-    """The numbers at the top of this file, {val_<name>: number}, on held-out documents x, y (N, L), read from m_empty.
+    """The numbers at the top of this file, {val_<name>: number}, on held-out documents x, y (N, L), read from
+    m_empty.
 
     What needs an encoder is measured at up to most_positions positions, spread over those that have targets.
     errors: also the standard error of each number, as <name>_error.
@@ -161,10 +174,11 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, e
     return numbers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def load_all(ckpt, dataset, device):
-    """{name: (folder, checkpoint, ModelConfig, networks, m_empty)} of --ckpt, or of the data set's most finished run.
+    """{name: (folder, checkpoint, ModelConfig, networks, m_empty)} of --ckpt, or of the data set's most
+    finished run.
 
     UsageError if the checkpoints are not of one data set.
     """
@@ -177,12 +191,13 @@ def load_all(ckpt, dataset, device):
         loaded[name] = folder, checkpoint, *restore(checkpoint, device)
         first = next(iter(loaded.values()))[1]["data"]["name"]
         if checkpoint["data"]["name"] != first:
-            raise UsageError(f"--ckpt names checkpoints of two data sets, {first} and {checkpoint['data']['name']}")
+            raise UsageError(f"--ckpt mixes data sets: {first} and {checkpoint['data']['name']}")
     return loaded
 
 
 def table(columns):
-    """Lines of text from {name: {row: text or number}}: a column for each checkpoint; - where it has no such number."""
+    """Lines of text from {name: {row: text or number}}: a column for each checkpoint; - where it has no such
+    number."""
     width = max(18, *(len(name) for name in columns)) + 2
     rows = dict.fromkeys(row for column in columns.values() for row in column if not row.endswith("_error"))
     lines = [f"{'':24}" + "".join(f"{name:{width}}" for name in columns)]

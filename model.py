@@ -2,20 +2,20 @@
 
 Glossary: code, the paper's symbol, meaning
     x, y            x_t, y_t      input tokens, and the targets predicted from x_{<=t}; B rows of T
-    t                             positions of a step, shared by the rows of a batch: (S,); t = -1 is "nothing read yet"
+    t                             positions, shared by the rows of a batch: (S,); t = -1 is "nothing read yet"
     memory          m_t           (..., K, d): K memory tokens of width d, each with unit root mean square
     initial_memory  m_empty       (K, d): the memory before anything was read; the encoder of PAD alone
     Encoder         E_phi         what to remember: the memory after reading x up to t
     Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
     Updater         f_theta       the RNN's transition: m_t = f(m_{t-1}, x_t)
     Readout         g_theta       the RNN's output: predicts y_t from m_t
-    context_len     T_c           tokens of past that the encoder reads (causal: that each layer looks back on)
+    context_len     T_c           tokens of past that the encoder reads (causal: each layer)
     future_len      T_f           targets that the decoder predicts
-    registers                     K learned tokens of the paper's encoder: they read the past of t and become m_t
-    V, PAD, IGNORE                tokens are 0..V-1; PAD = V in x is "no token", IGNORE = -1 in y is "no target"
+    registers                     K learned tokens of the paper's encoder: they read the past and become m_t
+    V, PAD, IGNORE                tokens are 0..V-1; PAD = V in x: no token; IGNORE = -1 in y: no target
 
-Only the causal encoder, the last network in this file, is ours: its trunk, its slots and its present are explained there.
-Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
+Only the causal encoder, the last network in this file, is ours: its trunk, its slots and its present are
+explained there. Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -43,16 +43,16 @@ class RNNConfig:
     def __post_init__(self):
         check_fields(self, "d_model n_heads memory_tokens updater_layers decoder_layers")
         if self.d_model % (2 * self.n_heads):
-            raise UsageError(f"--d_model={self.d_model} must be a multiple of 2 x n_heads = {2 * self.n_heads}")
+            raise UsageError(f"--d_model={self.d_model} must be a multiple of 2 x n_heads")
 
 
 @dataclass(frozen=True)
 class ModelConfig(RNNConfig):
     """Sizes of the RNN and of its teachers, encoder and decoder."""
-    encoder: Literal["window", "causal"] = "window"     # window: the paper's; causal: ours, all memories of a row from one pass
+    encoder: Literal["window", "causal"] = "window"     # the paper's; ours: a row in one pass
     encoder_layers: int = 2         # layers of the encoder
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
-    context_len: int = 256          # tokens of past that the window encoder reads (Tc); causal: that each layer looks back on
+    context_len: int = 256          # tokens of past that the encoder reads (Tc); causal: each layer
     future_len: int = 16            # targets that the decoder predicts (Tf)
 
     def __post_init__(self):
@@ -61,17 +61,18 @@ class ModelConfig(RNNConfig):
         if self.encoder == "causal" and self.memory_tokens < 2:
             raise UsageError("--encoder=causal needs --memory_tokens of at least 2: one slot and the present")
         if self.encoder == "causal" and self.encoder_layers != self.decoder_layers:
-            raise UsageError("--encoder=causal needs --encoder_layers equal to --decoder_layers: the decoder begins as the trunk")
+            raise UsageError("--encoder=causal needs as many --encoder_layers as --decoder_layers")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the networks are made of
 
 def rope(positions, head_dim):
-    """Rotary position embedding (Su et al. 2021) of positions (n,): cosines and signed sines, (2, n, 1, head_dim).
+    """Rotary position embedding (Su et al. 2021) of positions (n,): cosines and signed sines, (2, n, 1,
+    head_dim).
 
-    Component i of a head turns with component i + head_dim / 2. The slower half of these pairs does not turn at all: what they
-    hold is found from any distance.
+    Component i of a head turns with component i + head_dim / 2. The slower half of these pairs does not turn
+    at all: what they hold is found from any distance.
     """
     pair = torch.arange(head_dim // 2, device=positions.device)
     frequencies = torch.where(2 * pair < head_dim // 2, 10000.0 ** -(2 * pair / head_dim), 0.0)
@@ -112,7 +113,8 @@ class Stem(nn.Module):
         if self.mix is None:
             return h
         padded, n = F.pad(h, (0, 0, self.width - 1, 0)), h.shape[1]
-        return h + self.mix(torch.cat([padded[:, i:i + n] for i in range(self.width)], dim=-1))     # oldest token first
+        windows = torch.cat([padded[:, i:i + n] for i in range(self.width)], dim=-1)    # oldest first
+        return h + self.mix(windows)
 
 
 class Block(nn.Module):
@@ -124,13 +126,14 @@ class Block(nn.Module):
         self.attention_norm, self.mlp_norm = nn.RMSNorm(d), nn.RMSNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.up, self.down = nn.Linear(d, 4 * d, bias=False), nn.Linear(4 * d, d, bias=False)
-        nn.init.normal_(self.qkv.weight, std=d ** -0.5)      # attention logits of standard deviation 1: selective from the start
+        nn.init.normal_(self.qkv.weight, std=d ** -0.5)     # attention logits of standard deviation 1
         for linear in (self.out, self.down):
             linear.weight.data.mul_(gain)
 
     def forward(self, h, turns, attend, outputs=slice(None)):
         """(B, n, d) -> the tokens in the slice `outputs`, after attention to all n."""
-        q, k, v = self.qkv(self.attention_norm(h)).unflatten(-1, (3, self.n_heads, -1)).unbind(2)   # (B, n, h, d / h) each
+        qkv = self.qkv(self.attention_norm(h)).unflatten(-1, (3, self.n_heads, -1))
+        q, k, v = qkv.unbind(2)                                                     # (B, n, h, d / h) each
         q, k, v = (part.transpose(1, 2) for part in (rotate(q, turns)[:, outputs], rotate(k, turns), v))
         h = h[:, outputs]
         h = h + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
@@ -148,7 +151,8 @@ def attend_to_past(q, k, v):
 
 
 def attend_to_last(q, k, v, context_len):
-    """Causal attention of each token to itself and to the context_len - 1 tokens before. (B, h, n, d / h) each -> as q."""
+    """Causal attention of each token to itself and to the context_len - 1 tokens before. (B, h, n, d / h)
+    each -> as q."""
     n = k.shape[2]
     if n <= context_len:
         return attend_to_past(q, k, v)      # a mask would rule out the fastest kernels
@@ -157,7 +161,8 @@ def attend_to_last(q, k, v, context_len):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks: (B, n, d) -> (B, n, d), or of its outputs a slice. n <= length unless turns are given."""
+    """A stack of blocks: (B, n, d) -> (B, n, d), or of its outputs a slice. n <= length unless turns are
+    given."""
 
     def __init__(self, config, n_layers, length, gain=1.0):
         super().__init__()
@@ -166,21 +171,24 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, gain) for _ in range(n_layers))
 
     def forward(self, h, attend, outputs=slice(None)):
-        n = h.shape[1]
-        turns = self.turns[:, :n] if n <= self.turns.shape[1] else rope(torch.arange(n, device=h.device), self.head_dim)
+        n, turns = h.shape[1], self.turns
+        if n > turns.shape[1]:
+            turns = rope(torch.arange(n, device=h.device), self.head_dim)
+        turns = turns[:, :n]
         for block in self.blocks[:-1]:
             h = block(h, turns, attend)
         return self.blocks[-1](h, turns, attend, outputs)       # the last layer computes only what is used
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The paper's four networks
 
 class Encoder(nn.Module):
-    """E_phi: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for each t.
+    """E_phi: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for
+    each t.
 
-    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone. PAD before the first token
-    makes every input as long as every other, without a mask. m_empty = E([PAD] * Tc).
+    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone. PAD
+    before the first token makes every input as long as every other, without a mask. m_empty = E([PAD] * Tc).
     """
 
     def __init__(self, config, vocab_size):
@@ -188,18 +196,20 @@ class Encoder(nn.Module):
         self.pad, self.context_len = vocab_size, config.context_len
         self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
         self.registers = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
-        self.transformer = Transformer(config, config.encoder_layers, config.context_len + config.memory_tokens)
+        length = config.context_len + config.memory_tokens
+        self.transformer = Transformer(config, config.encoder_layers, length)
 
     def forward(self, x, t):
         (B, _), S, (K, d) = x.shape, len(t), self.registers.shape
         padded = F.pad(x, (self.context_len, 0), value=self.pad)
-        contexts = padded.unfold(1, self.context_len, 1)[:, t + 1].flatten(0, 1)      # (B S, Tc), the last one is x_t
+        contexts = padded.unfold(1, self.context_len, 1)[:, t + 1].flatten(0, 1)   # (B S, Tc), each up to x_t
         h = torch.cat([self.embed(contexts), self.registers.expand(B * S, K, d)], dim=1)
         return normalise(self.transformer(h, attend_to_all, slice(-K, None))).view(B, S, K, d)
 
 
 class Decoder(nn.Module):
-    """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. memory (B, K, d), x (B, Tf-1) -> logits (B, Tf, V).
+    """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. memory (B, K, d), x (B, Tf-1) -> logits (B, Tf,
+    V).
 
     The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}.
     """
@@ -208,7 +218,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.pad, self.future_len = vocab_size, config.future_len
         self.embed = Stem(vocab_size + 1, config.d_model, config.conv_width)
-        self.transformer = Transformer(config, config.decoder_layers, config.memory_tokens + config.future_len - 1)
+        length = config.memory_tokens + config.future_len - 1
+        self.transformer = Transformer(config, config.decoder_layers, length)
         self.norm, self.head = nn.RMSNorm(config.d_model), nn.Linear(config.d_model, vocab_size, bias=False)
 
     def forward(self, memory, x):
@@ -224,8 +235,8 @@ class Decoder(nn.Module):
 class Updater(nn.Module):
     """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
 
-    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened. In either a gate says how much of
-    each memory token is replaced. gru: a GRU cell whose state is the flattened memory.
+    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened. In either a gate
+    says how much of each memory token is replaced. gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):
@@ -236,8 +247,9 @@ class Updater(nn.Module):
         if self.kind == "transformer":
             self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)
         elif self.kind == "mlp":
-            self.layers = nn.ModuleList(nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, size), nn.GELU(),
-                                                      nn.Linear(size, size)) for _ in range(config.updater_layers))
+            self.layers = nn.ModuleList(
+                nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, size), nn.GELU(),
+                              nn.Linear(size, size)) for _ in range(config.updater_layers))
             for layer in self.layers:
                 nn.init.zeros_(layer[-1].weight)
                 nn.init.zeros_(layer[-1].bias)
@@ -245,15 +257,16 @@ class Updater(nn.Module):
             self.cell = nn.GRUCell(d, size)
         if self.kind != "gru":
             self.gate = nn.Linear(d, 1)
-            nn.init.constant_(self.gate.bias, -1.0)         # rather closed: most of a memory does not change in a step
+            nn.init.constant_(self.gate.bias, -1.0)     # rather closed: most of a memory stays in a step
 
     def forward(self, memory, x):
         token = self.embed(x)
         if self.kind == "gru":
-            with torch.autocast(memory.device.type, enabled=False):     # in bf16 the state would be rounded at each step
+            with torch.autocast(memory.device.type, enabled=False):     # no bf16: rounding adds up
                 return normalise(self.cell(token, memory.flatten(1)).view_as(memory))
         if self.kind == "transformer":
-            h = self.transformer(torch.cat([memory, token[:, None]], dim=1), attend_to_all, slice(memory.shape[1]))
+            h = torch.cat([memory, token[:, None]], dim=1)
+            h = self.transformer(h, attend_to_all, slice(memory.shape[1]))
         else:
             h = memory.flatten(1)
             for layer in self.layers:
@@ -263,7 +276,8 @@ class Updater(nn.Module):
 
 
 class Readout(nn.Module):
-    """g_theta, the RNN's output: a causal Transformer over the memory, like the decoder. memory (B, K, d) -> logits (B, V)."""
+    """g_theta, the RNN's output: a causal Transformer over the memory, like the decoder. memory (B, K, d) ->
+    logits (B, V)."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -274,13 +288,15 @@ class Readout(nn.Module):
         return self.head(self.norm(self.transformer(memory, attend_to_past, slice(-1, None))[:, -1]))
 
     def start_from(self, decoder):
-        """Take over the decoder's layers and head: the readout then predicts what the decoder does from the memory alone."""
+        """Take over the decoder's layers and head: the readout then predicts what the decoder does from the
+        memory alone."""
         for name in ("transformer", "norm", "head"):
             getattr(self, name).load_state_dict(getattr(decoder, name).state_dict())
 
 
 def roll_out(updater, memory, x):
-    """Run the RNN over x (B, T) from memory (B, K, d): the memories after each token, (B, T, K, d). One step after the other."""
+    """Run the RNN over x (B, T) from memory (B, K, d): the memories after each token, (B, T, K, d). One step
+    after the other."""
     memories = []
     for token in x.unbind(1):
         memory = updater(memory, token)
@@ -293,7 +309,8 @@ roll_out_window = captured(roll_out)
 
 
 def roll_out_without_gradients(updater, memory, x):
-    """roll_out for inference. On CUDA a graph of GRAPH_STEPS steps is replayed: thousands of launches take longer than their work."""
+    """roll_out for inference. On CUDA a graph of GRAPH_STEPS steps is replayed: thousands of launches take
+    longer than their work."""
     memories = []
     for window in x.split(GRAPH_STEPS, dim=1):
         memories.append(roll_out_window(updater, memory, window))
@@ -301,21 +318,25 @@ def roll_out_without_gradients(updater, memory, x):
     return torch.cat(memories, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Terms of the losses, as sums: the stages divide them by what the global batch holds
 
 def cross_entropy(logits, y):
-    """Sum over the targets y (...) that are not IGNORE, of logits (..., V). In float32 at least: autocast does not see to it."""
-    return F.cross_entropy(at_least_float32(logits).flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
+    """Sum over the targets y (...) that are not IGNORE, of logits (..., V). In float32 at least: autocast
+    does not see to it."""
+    logits = at_least_float32(logits).flatten(0, -2)
+    return F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def squared_error(predicted, memories, valid):
-    """Sum over the valid transitions (..) of the mean squared error of predicted memories against the encoder's, (.., K, d) each."""
+    """Sum over the valid transitions (..) of the mean squared error of predicted memories against the
+    encoder's, (.., K, d) each."""
     return ((predicted - memories).square().mean((-2, -1)) * valid).sum()
 
 
 def futures(x, y, t, future_len, pad):
-    """What the decoder reads and predicts at positions t (S,) of x, y (B, T): x_{t+1..t+Tf-1} (B, S, Tf-1), y_{t..t+Tf-1} (B, S, Tf)."""
+    """What the decoder reads and predicts at positions t (S,) of x, y (B, T): x_{t+1..t+Tf-1} (B, S, Tf-1),
+    y_{t..t+Tf-1} (B, S, Tf)."""
     ahead = t[:, None] + torch.arange(future_len, device=t.device)
     future_y = F.pad(y, (0, future_len), value=IGNORE)[:, ahead]
     future_x = F.pad(x, (0, future_len), value=pad)[:, ahead[:, 1:]]
@@ -323,11 +344,13 @@ def futures(x, y, t, future_len, pad):
 
 
 def decoder_loss(networks, memories, x, y, t, future_len):
-    """Sum of CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) over rows x, y (B, T) and positions t (S,), from m_t (B, S, K, d)."""
-    future_x, future_y = (part.flatten(0, 1) for part in futures(x, y, t, future_len, networks["decoder"].pad))
-    memories, loss = memories.flatten(0, 1), 0
+    """Sum of CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) over rows x, y (B, T) and positions t (S,), from m_t
+    (B, S, K, d)."""
+    both = futures(x, y, t, future_len, networks["decoder"].pad)
+    memories, future_x, future_y = (part.flatten(0, 1) for part in (memories, *both))
+    loss = 0
     for rows, length in chunks_by_length(future_y):
-        logits = networks["decoder"](memories[rows], future_x[rows, :length - 1])           # (rows, length, V)
+        logits = networks["decoder"](memories[rows], future_x[rows, :length - 1])          # (rows, length, V)
         loss = loss + cross_entropy(logits, future_y[rows, :length])
     return loss
 
@@ -345,10 +368,12 @@ CHUNK_ROWS = 32_768    # elsewhere: CUDA's attention kernels refuse a batch of 6
 
 
 def chunks_by_length(y):
-    """Split targets y (n, m) into chunks [(rows, length)]: sort the rows by length, trim each chunk to its longest.
+    """Split targets y (n, m) into chunks [(rows, length)]: sort the rows by length, trim each chunk to its
+    longest.
 
-    The length of a row ends with its last target; rows without a target are left out, but for one, so that no gradient is missing.
-    Except on a CPU, and under torch.compile, a new shape costs more than is saved: the rows then stay as they are.
+    The length of a row ends with its last target; rows without a target are left out, but for one, so that no
+    gradient is missing. Except on a CPU, and under torch.compile, a new shape costs more than is saved: the
+    rows then stay as they are.
     """
     n, m = y.shape
     if y.device.type != "cpu" or torch.compiler.is_compiling():
@@ -358,22 +383,23 @@ def chunks_by_length(y):
     return [(rows, min(m, max(2, int(lengths[rows[-1]])))) for rows in order.chunk(CHUNKS if m > 1 else 1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Our encoder
 
 class CausalEncoder(nn.Module):
-    """E_phi, ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), as Encoder.
+    """E_phi, ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K,
+    d), as Encoder.
 
-    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], makes of the embedding e_j of a token its state h_j.
-    K - 1 memory tokens are slots: slot k is a gated average of the embeddings, which the decoder reads as its own tokens.
-    The last memory token is the present.
+    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], makes of the embedding e_j of a token its
+    state h_j. K - 1 memory tokens are slots: slot k is a gated average of the embeddings, which the decoder
+    reads as its own tokens. The last memory token is the present.
 
         g_j = sigmoid(w_k . normalise(h_j) + b_k)
         m_k(t) = normalise(s_k(t)),    s_k(t) = sum_{j <= t} g_j prod_{j < i <= t} (1 - g_i) e_j
         m_K(t) = normalise(e_t + W normalise(h_t))
 
-    Given gate and embedding a slot is Markov, as f must be: s_k(t) = (1 - g_t) s_k(t-1) + g_t e_t. An open gate writes, a closed
-    one holds.
+    Given gate and embedding a slot is Markov, as f must be: s_k(t) = (1 - g_t) s_k(t-1) + g_t e_t. An open
+    gate writes, a closed one holds.
     """
 
     def __init__(self, config, vocab_size):
@@ -381,45 +407,51 @@ class CausalEncoder(nn.Module):
         d, slots = config.d_model, config.memory_tokens - 1
         self.pad, self.context_len = vocab_size, config.context_len
         self.embed = Stem(vocab_size + 1, d, config.conv_width)
-        self.transformer = Transformer(config, config.encoder_layers, config.context_len + config.memory_tokens)
+        length = config.context_len + config.memory_tokens
+        self.transformer = Transformer(config, config.encoder_layers, length)
         self.gate, self.present = nn.Linear(d, slots), nn.Linear(d, d, bias=False)
-        self.gate.bias.data = -torch.linspace(2, 5, slots)      # the slots begin as averages over the last 7 to 150 tokens
+        self.gate.bias.data = -torch.linspace(2, 5, slots)      # at first the averages span 7 to 150 tokens
 
     def trunk(self, x):
-        """x (B, T) -> embeddings e and states h, (B, T+1, d) each: at index 0 of PAD, at index j+1 after x_{<=j}."""
+        """x (B, T) -> embeddings e and states h, (B, T+1, d) each: at index 0 of PAD, at index j+1 after
+        x_{<=j}."""
         e = self.embed(F.pad(x, (1, 0), value=self.pad))
         return e, self.transformer(e, lambda q, k, v: attend_to_last(q, k, v, self.context_len + 1))
 
     def forward(self, x, t, trunk=None):
         """trunk: of x, where it is computed already."""
         e, h = self.trunk(x) if trunk is None else trunk
-        h, end = normalise(h), (t + 1).to(h.device)                                     # x_t has the index t + 1
-        with torch.autocast(h.device.type, enabled=False):      # bf16 is too coarse for gates that hold for hundreds of tokens
+        h, end = normalise(h), (t + 1).to(h.device)                                  # x_t has the index t + 1
+        with torch.autocast(h.device.type, enabled=False):      # bf16 cannot hold for long
             e = at_least_float32(e)
             gate = self.gate(h).transpose(1, 2)                                         # (B, K-1, T+1)
-            log_weight = F.logsigmoid(gate) - F.logsigmoid(-gate).cumsum(2)             # log g_j / prod_{i <= j} (1 - g_i)
+            log_weight = F.logsigmoid(gate) - F.logsigmoid(-gate).cumsum(2)    # g_j / prod_{i <= j} (1 - g_i)
             past = torch.arange(h.shape[1], device=h.device) <= end[:, None]            # (S, T+1)
-            weight = log_weight[:, :, None].masked_fill(~past, -torch.inf).softmax(-1)  # s_k but for its length
+            weight = log_weight[:, :, None].masked_fill(~past, -torch.inf).softmax(-1)      # (B, K-1, S, T+1)
             slots = (weight.flatten(1, 2) @ e).unflatten(1, weight.shape[1:3])          # (B, K-1, S, d)
         present = e[:, end] + self.present(h[:, end])
         return normalise(torch.cat([slots.transpose(1, 2), present[:, :, None]], dim=2))
 
     def start_decoder(self, decoder):
-        """Give the decoder the embedding and the layers of the trunk: a language model, which lacks only the past."""
+        """Give the decoder the embedding and the layers of the trunk: a language model, which lacks only the
+        past."""
         decoder.embed.load_state_dict(self.embed.state_dict())
         decoder.transformer.load_state_dict(self.transformer.state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-NETWORKS = {"encoder": lambda config, V: {"window": Encoder, "causal": CausalEncoder}[config.encoder](config, V),
-            "decoder": Decoder, "updater": Updater, "readout": Readout}
+ENCODERS = {"window": Encoder, "causal": CausalEncoder}
+NETWORKS = {"encoder": lambda config, V: ENCODERS[config.encoder](config, V), "decoder": Decoder,
+            "updater": Updater, "readout": Readout}
 
 
 def build(config, vocab_size, names=tuple(NETWORKS)):
-    """The named networks of a config as one nn.ModuleDict; updater and readout need an RNNConfig, all four a ModelConfig.
+    """The named networks of a config as one nn.ModuleDict; updater and readout need an RNNConfig, all four a
+    ModelConfig.
 
-    Right after a torch.manual_seed a network gets the same weights, whichever others are asked for: so the stages compare.
+    Right after a torch.manual_seed a network gets the same weights, whichever others are asked for: so the
+    stages compare.
     """
     networks, seed = nn.ModuleDict(), torch.initial_seed()
     for i, (name, network) in enumerate(NETWORKS.items()):
@@ -432,4 +464,5 @@ def build(config, vocab_size, names=tuple(NETWORKS)):
 def empty_memory(encoder):
     """m_empty (K, d): the memory before anything was read."""
     device = next(encoder.parameters()).device
-    return encoder(torch.empty(1, 0, dtype=torch.long, device=device), torch.tensor([-1], device=device))[0, 0]
+    nothing = torch.empty(1, 0, dtype=torch.long, device=device)
+    return encoder(nothing, torch.tensor([-1], device=device))[0, 0]

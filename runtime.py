@@ -1,13 +1,14 @@
-"""What every stage needs and the method does not: command line, device, precision, processes, optimisers, log, checkpoints.
+"""What every stage needs and the method does not: command line, device, precision, processes, optimisers,
+log, checkpoints.
 
 Nothing in here knows what a memory is. A train script uses it in this order:
 
     config = runtime.parse(Config, presets=PRESETS)         the command line, from a frozen dataclass
     run = runtime.start(config, "smt")                      device, precision, processes
-    module = runtime.distribute(networks, loss, run)        one module that returns the loss: DDP, torch.compile
+    module = runtime.distribute(networks, loss, run)        a module that returns the loss: DDP, torch.compile
     first_step = runtime.begin(run, data, networks, ...)    --resume or --init_from, the run's folder, signals
     run.count(losses), run.log_training(step, ...)          one JSON object a line in metrics.jsonl
-    runtime.save(run, step, numbers, ...)                   the checkpoint, atomically; then the evaluation's line
+    runtime.save(run, step, numbers, ...)                   the checkpoint; then the evaluation's line
     run.end(step)                                           the exit status of a run that was stopped
 """
 import dataclasses
@@ -31,21 +32,21 @@ from tqdm import tqdm
 from lib.checkpoints import check_data, load, load_weights, write_atomically
 from lib.cli import DataError, Stopped, UsageError, check_fields
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags
 
 @dataclass(frozen=True)
 class RunConfig:
     """The flags that all train scripts share."""
-    dataset: str = "fables"     # data set to train on; prepared first if it is missing (python data.py --help lists them)
+    dataset: str = "fables"     # data set (data.py --help lists them); prepared first if it is missing
     data_dir: str = "data"      # folder that holds the prepared data sets
     out_dir: str = ""           # folder of the run; empty: runs/<dataset>-<stage>
-    preset: str = ""            # sizes: tiny, small or paper; empty: tiny, but on CUDA paper for text and pictures
+    preset: str = ""       # sizes: tiny, small or paper; empty: tiny, but on CUDA paper for text and pictures
     seed: int = 1337            # seeds the initial weights, the batches and the positions
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
     compile: bool | None = None  # torch.compile the training step; unset: on CUDA, from preset small upwards
     init_from: str = ""         # checkpoint (file or folder of a run) whose weights to start from
-    resume: Literal["no", "yes", "auto"] = "no"     # continue the run in out_dir, bit for bit; auto: if there is one
+    resume: Literal["no", "yes", "auto"] = "no"     # go on with the run in out_dir; auto: if there is one
     max_iters: int = 1000       # optimiser steps
     batch_size: int = 32        # rows per step, over all processes
     grad_accum: int = 1         # micro-batches per step and process; saves memory
@@ -62,12 +63,13 @@ class RunConfig:
             raise UsageError("--lr must be above 0")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run: where it computes and where it writes
 
 @dataclass
 class Run:
-    """One training run: its config, device, processes and folder, what it has spent, the signal that asked it to stop."""
+    """One training run: its config, device, processes and folder, what it has spent, the signal that asked it
+    to stop."""
     config: RunConfig
     stage: str
     device: torch.device
@@ -78,8 +80,8 @@ class Run:
     compile: bool
     spent: dict = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0})
     clock: float = 0.0                                  # when `seconds` was last brought up to date
-    sums: dict = field(default_factory=dict)            # of the losses since the last log line: tensors, not synchronised
-    since: dict = field(default_factory=lambda: {"step": 0, "tokens": 0, "seconds": 0.0})       # the state at that line
+    sums: dict = field(default_factory=dict)            # of the losses since the last log line, tensors
+    since: dict = field(default_factory=lambda: {"step": 0, "tokens": 0, "seconds": 0.0})   # spent then
     signal: int = 0
     bar: tqdm | None = None
     lock: int | None = None                             # file descriptor of the locked folder
@@ -93,14 +95,16 @@ class Run:
         return self.rank == 0
 
     def print(self, line):
-        """Print a line on the main process. A terminal that is gone, or a full disk behind it, does not stop a run."""
+        """Print a line on the main process. A terminal that is gone, or a full disk behind it, does not stop
+        a run."""
         if self.is_main and sys.stdout:
             with suppress(OSError, ValueError):
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
     def autocast(self):
-        """bf16 on CUDA, nothing elsewhere. Use one block per forward pass: a block caches the casts of weights."""
+        """bf16 on CUDA, nothing elsewhere. Use one block per forward pass: a block caches the casts of
+        weights."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def first(self, function):
@@ -123,7 +127,8 @@ class Run:
                 self.sum(p.grad)
 
     def should_stop(self, step):
-        """Whether a signal arrived. Several processes agree on it in every second step: that costs a synchronisation."""
+        """Whether a signal arrived. Several processes agree on it in every second step: that costs a
+        synchronisation."""
         if self.world_size > 1 and step % 2 == 0:
             arrived = self.sum(torch.tensor(self.signal, device=self.device)).item()
             self.signal = self.signal or signal.SIGTERM * (arrived > 0)
@@ -157,17 +162,18 @@ class Run:
                 file.write(json.dumps({"step": step, **self.spent, **numbers}) + "\n")
 
     def count(self, losses):
-        """Add the losses (tensors) of a micro-batch to the sums of the next log line, without synchronising."""
+        """Add a micro-batch's losses (tensors) to the sums of the next log line, without synchronising."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
 
     def log_training(self, step, tokens, grad_norm, lr, phase_ends=()):
-        """After a step of so many tokens. Every log_interval steps, and where a phase or the run ends, log the losses' means over
-        the steps since the last line. DataError if they are not finite."""
+        """After a step of so many tokens. Every log_interval steps, and where a phase or the run ends, log
+        the losses' means over the steps since the last line. DataError if they are not finite."""
         self.spent["tokens"] += tokens
         if self.bar:
             self.bar.update(step - self.bar.n)
-        if step % self.config.log_interval and step not in (*phase_ends, self.config.max_iters) and not self.signal:
+        ends = (*phase_ends, self.config.max_iters)
+        if step % self.config.log_interval and step not in ends and not self.signal:
             return
         self.read_clock()
         since, steps = self.since, step - self.since["step"]
@@ -175,7 +181,7 @@ class Run:
         losses = dict(zip(self.sums, means.tolist(), strict=True))
         for name, value in {"loss": losses["train_loss"], "gradient's norm": float(grad_norm)}.items():
             if not math.isfinite(value):
-                raise DataError(f"the {name} became {value} before step {step}; the last checkpoint stays as it was")
+                raise DataError(f"the {name} became {value} before step {step}; the last checkpoint stays")
         seconds = self.spent["seconds"] - since["seconds"]
         speed = round((self.spent["tokens"] - since["tokens"]) / seconds)
         self.log(step, **losses, grad_norm=float(grad_norm), lr=lr, tokens_per_second=speed)
@@ -196,7 +202,9 @@ class Run:
 
 def duration(seconds):
     """Seconds as a text to read."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def choose_device(name, local_rank=0):
@@ -212,19 +220,19 @@ def choose_device(name, local_rank=0):
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device={name} cannot be used here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32; torch.compile may fail after cuda.matmul.fp32_precision
-        torch.backends.cuda.enable_cudnn_sdp(False)     # on an H100 it makes a plan for each new shape, and NaN for some
+        torch.set_float32_matmul_precision("high")      # TF32; torch.compile may fail after the newer switch
+        torch.backends.cuda.enable_cudnn_sdp(False)     # slow for new shapes, and NaN for some
     return device
 
 
-COMPILED_SHAPES = 32    # DMT has one for each horizon and part of a roll-out; past the limit torch.compile compiles no more
+COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT has several shapes
 
 
 def start(config, stage):
     """Join the other processes (torchrun), choose device and precision, print them in one line."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world_size > 1 and ":" in config.device:
-        raise UsageError(f"--device={config.device} is a single one; several processes take one each with --device=cuda")
+        raise UsageError(f"--device={config.device} is one device: several processes need --device=cuda")
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     if config.batch_size % (world_size * config.grad_accum):
         raise UsageError(f"--batch_size={config.batch_size} must be a multiple of processes x grad_accum "
@@ -234,28 +242,33 @@ def start(config, stage):
         dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)     # hours: of a download
     torch.manual_seed(config.seed % 2**63)
 
-    compiles = config.compile if config.compile is not None else device.type == "cuda" and config.preset != "tiny"
+    by_default = device.type == "cuda" and config.preset != "tiny"
+    compiles = by_default if config.compile is None else config.compile
     if compiles:
         torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
     out_dir = Path(config.out_dir or f"runs/{config.dataset}-{stage}")
     there = (out_dir / "ckpt.pt").exists()
     if config.resume == "yes" and not there:
         raise DataError(f"--resume: there is no {out_dir / 'ckpt.pt'}")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0        # by torchrun, after a process had died
-    run = Run(config, stage, device, rank, world_size, out_dir, there and (config.resume != "no" or restarted), compiles)
-    run.print(f"{stage}: {config.dataset}, preset {config.preset}, {device} ({torch.get_num_threads()} threads), "
-              f"{'bf16 autocast' if device.type == 'cuda' else 'float32'}, compile {'on' if compiles else 'off'}, "
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0    # by torchrun, after a crash
+    resume = there and (config.resume != "no" or restarted)
+    run = Run(config, stage, device, rank, world_size, out_dir, resume, compiles)
+    threads = torch.get_num_threads()
+    run.print(f"{stage}: {config.dataset}, preset {config.preset}, {device} ({threads} threads), "
+              f"{'bf16' if device.type == 'cuda' else 'float32'}, compile {'on' if compiles else 'off'}, "
               f"{world_size} process{'es' if world_size > 1 else ''}, writes {run.out_dir}")
     if config.preset == "paper" and device.type == "cpu":
-        run.print("note: the preset paper is made for a GPU; SMT takes months on a CPU, with --preset=tiny minutes")
+        run.print("note: the preset paper is made for a GPU: it takes months on a CPU, tiny minutes")
     return run
 
 
 def begin(run, data, networks, optimizers, fixed=()):
-    """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns the first step.
+    """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns
+    the first step.
 
-    --resume also restores the optimisers and what was spent, and drops the log lines that will be written again. UsageError where
-    a size of the networks or one of the flags `fixed` has changed. Another run in the same folder is moved, not replaced.
+    --resume also restores the optimisers and what was spent, and drops the log lines that will be written
+    again. UsageError where a size of the networks or one of the flags `fixed` has changed. Another run in the
+    same folder is moved, not replaced.
     """
     config, step, kept, flags = run.config, 0, [], dataclasses.asdict(run.config)
     log = run.out_dir / "metrics.jsonl"
@@ -263,19 +276,20 @@ def begin(run, data, networks, optimizers, fixed=()):
         lock_folder(run)
         checkpoint = load(run.checkpoint_path, run.device)
         step, run.spent = checkpoint["step"], checkpoint["spent"]
-        changed = {name: f"--{name}={value}, was {checkpoint['config'].get(name)}" for name, value in flags.items()
-                   if name != "resume" and checkpoint["config"].get(name) != value}
+        was = checkpoint["config"]
+        changed = {name: f"--{name}={value}, was {was.get(name)}" for name, value in flags.items()
+                   if name != "resume" and was.get(name) != value}
         for name in changed.keys() & {*fixed, *checkpoint["model_config"]}:
             raise UsageError(f"--resume goes on with the same --{name}: {changed[name]}")
         if step > config.max_iters:
-            raise UsageError(f"--resume: the run is at step {step} already, beyond --max_iters={config.max_iters}")
+            raise UsageError(f"--resume: the run is at step {step}, beyond --max_iters={config.max_iters}")
         check_data(checkpoint, data, run.checkpoint_path)
         load_weights(networks, checkpoint, config, run.checkpoint_path)
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         except (KeyError, ValueError):
-            raise DataError(f"{run.checkpoint_path} is of another stage, {checkpoint['stage']}, or another --optimizer") from None
+            raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
         run.since = {"step": step, **run.spent}
         kept = [line for line in read_log(log)          # the evaluation at this step is made anew
                 if line["step"] < step or line["step"] == step and "train_loss" in line]
@@ -291,27 +305,29 @@ def begin(run, data, networks, optimizers, fixed=()):
             run.out_dir.rename(moved)
             run.print(f"the run that was in {run.out_dir} is now in {moved}")
         lock_folder(run)
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.named_children()}
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.named_children()}
     run.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     if run.is_main:
         for leftover in run.out_dir.glob(".*.tmp"):     # of a killed process
             leftover.unlink()
-        write_atomically(run.out_dir / "config.json", lambda path: path.write_text(json.dumps(flags, indent=1) + "\n"))
-        write_atomically(log, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+        for path, text in {run.out_dir / "config.json": json.dumps(flags, indent=1) + "\n",
+                           log: "".join(json.dumps(line) + "\n" for line in kept)}.items():
+            write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         if sys.stderr and sys.stderr.isatty():
-            run.bar = tqdm(total=config.max_iters, initial=step, desc=run.stage, unit="step", dynamic_ncols=True)
+            run.bar = tqdm(total=config.max_iters, initial=step, desc=run.stage, unit="step")
 
     def ask_to_stop(number, _):
         run.signal = number
         signal.signal(number, signal.SIG_DFL)           # a second one ends the process at once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):       # from here on there is something to save
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):    # from here on there is something to save
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, ask_to_stop)
     return step
 
 
 def lock_folder(run):
-    """Make the run's folder and lock it as long as the process lives; DataError if another run is at work there."""
+    """Make the run's folder and lock it as long as the process lives; DataError if another run is at work
+    there."""
     if run.is_main:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         if run.lock is not None:
@@ -324,7 +340,8 @@ def lock_folder(run):
 
 
 def read_log(path):
-    """The lines of a metrics.jsonl as dicts with a step, none if there is no file; one that a crash has damaged is left out."""
+    """The lines of a metrics.jsonl as dicts with a step, none if there is no file; one that a crash has
+    damaged is left out."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
@@ -332,11 +349,12 @@ def read_log(path):
     return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Several processes, compilation
 
 class LossModule(torch.nn.Module):
-    """The networks and their loss as one module whose forward returns the loss: what DDP wraps and torch.compile compiles."""
+    """The networks and their loss as one module whose forward returns the loss: what DDP wraps and
+    torch.compile compiles."""
 
     def __init__(self, networks, loss):
         super().__init__()
@@ -349,7 +367,8 @@ class LossModule(torch.nn.Module):
 def distribute(networks, loss, run, parts=()):
     """LossModule, wrapped for DDP where there are several processes and compiled where --compile says so.
 
-    parts: names of networks to compile instead of the whole, for a loss that calls them so often that it compiles for too long.
+    parts: names of networks to compile instead of the whole, for a loss that calls them so often that it
+    compiles for too long.
     """
     module = LossModule(networks, loss)
     for name in parts if run.compile else ():
@@ -361,104 +380,30 @@ def distribute(networks, loss, run, parts=()):
 
 
 def micro_step(module, last):
-    """Context of one micro-batch, forward and backward: DDP exchanges gradients in the last one of a step only."""
+    """Context of one micro-batch, forward and backward: DDP exchanges gradients in the last one of a step
+    only."""
     return nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimisation
-
-WARMUP, WEIGHT_DECAY, GRAD_CLIP = 0.01, 0.01, 1.0       # share of the steps; of matrices; greatest norm of the gradient
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): SGD with Nesterov momentum and an orthogonalised step, as large as AdamW's (Liu et al. 2025).
-
-    torch.optim.Muon computes in bf16, for which a CPU without such instructions needs seconds a step; this one only on CUDA.
-    """
-
-    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
-        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.type_as(p), alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
-
-
-def orthogonalise(matrix, steps=5):
-    """About U V^T of a matrix U S V^T (n, m), by the quintic Newton-Schulz iteration."""
-    x = matrix.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
-    x = x.T if len(x) > x.shape[1] else x
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
-
-
-def optimizers(networks, config):
-    """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW of the others.
-
-    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits. Matrices are decayed, but
-    not embeddings.
-    """
-    parameters = [p for p in networks.parameters() if p.requires_grad]
-    embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
-    hidden = {id(m.weight) for name, m in networks.named_modules() if config.optimizer == "muon"
-              and isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")}
-    groups = {WEIGHT_DECAY: [], 0.0: []}
-    for p in (p for p in parameters if id(p) not in hidden):
-        groups[WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0].append(p)
-    groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    both = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
-    if matrices := [p for p in parameters if id(p) in hidden]:
-        both.append(Muon(matrices, config.lr, WEIGHT_DECAY))
-    return both
-
-
-def learning_rate(step, config, decay_from=0):
-    """Linear warm-up to config.lr, constant up to the step `decay_from`, then a cosine down to a tenth of it at max_iters."""
-    warmup = max(1, round(WARMUP * config.max_iters))
-    begin = max(warmup, decay_from)
-    if step < begin:
-        return config.lr * min(1, (step + 1) / warmup)
-    share = (step - begin) / max(1, config.max_iters - begin)
-    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-def optimizer_step(optimizers, lr):
-    """Clip, step, forget the gradients; returns their norm before clipping, a tensor: nothing is synchronised."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], GRAD_CLIP)
-    for group in groups:
-        group["lr"] = lr
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoint
 
 def save(run, step, numbers, data, networks, optimizers, **content):
-    """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True can load it.
+    """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True
+    can load it.
 
-    Then log the numbers of its evaluation: what the log has an evaluation of is saved. DataError if they are not finite.
+    Then log the numbers of its evaluation: what the log has an evaluation of is saved. DataError if they are
+    not finite.
     """
-    if not math.isfinite(numbers["val_rnn_loss"]) or not all(bool(p.isfinite().all()) for p in networks.parameters()):
-        raise DataError(f"a weight or the held-out loss is not finite at step {step}; the last checkpoint stays as it was")
-    content |= dict(stage=run.stage, step=step, time=time.time(), spent=run.spent, data=data.meta, model=networks.state_dict(),
-                    config=dataclasses.asdict(run.config), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    finite = all(bool(p.isfinite().all()) for p in networks.parameters())
+    if not finite or not math.isfinite(numbers["val_rnn_loss"]):
+        raise DataError(f"a weight or the held-out loss is not finite at step {step}; nothing is saved")
+    content |= dict(stage=run.stage, step=step, time=time.time(), spent=run.spent, data=data.meta,
+                    config=dataclasses.asdict(run.config), model=networks.state_dict(),
+                    optimizers=[optimizer.state_dict() for optimizer in optimizers])
     if run.is_main:
         write_atomically(run.checkpoint_path, lambda path: torch.save(content, path))
     run.log(step, **numbers)
     shown = "  ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in numbers.items())
-    run.print(f"{step:>6}/{run.config.max_iters}  held out:  {shown}  ({run.spent['seconds']:.0f} s of training)")
+    seconds = run.spent["seconds"]
+    run.print(f"{step:>6}/{run.config.max_iters}  held out:  {shown}  ({seconds:.0f} s of training)")

@@ -1,13 +1,15 @@
-"""Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to the questions of a synthetic task.
+"""Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to the questions of a
+synthetic task.
 
-    python sample.py                                             # fables, the most finished run: dmt, else smt, else bptt
+    python sample.py                                      # fables; of the runs the most finished one
     python sample.py --dataset=tinystories --prompt="Once upon a time" --num_samples=3 --temperature=0.7
-    python sample.py --dataset=mnist --num_samples=64            # a grid of pictures
-    python sample.py --dataset=mnist --prompt=digit.png --keep=0.5    # complete the upper half of a picture
-    python sample.py --dataset=mnist --prompt=held-out           # complete held-out pictures, beside the truth
-    python sample.py --dataset=retrieval                         # question, answer, truth
+    python sample.py --dataset=mnist --num_samples=64     # a grid of pictures
+    python sample.py --dataset=mnist --prompt=digit.png --keep=0.5      # complete the upper half
+    python sample.py --dataset=mnist --prompt=held-out    # complete held-out pictures, beside the truth
+    python sample.py --dataset=retrieval                  # question, answer, truth
 
-Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many came before.
+Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many
+came before.
 """
 import math
 import sys
@@ -33,7 +35,7 @@ class Config:
     """Flags of sample.py."""
     dataset: str = "fables"     # data set whose most finished run in runs/ is taken
     ckpt: str = ""              # checkpoint (file or folder of a run) to take instead
-    data_dir: str = "data"      # folder of the prepared data sets; needed for held-out questions and pictures only
+    data_dir: str = "data"      # folder of the prepared data sets; for held-out questions and pictures
     prompt: str = ""            # text to go on from; for pictures: a picture file to complete, or held-out
     keep: float = 0.5           # share of the prompt's picture that is given, from its top
     num_samples: int = 0        # how many; 0: 1 text, 16 pictures, 10 questions
@@ -47,23 +49,24 @@ class Config:
     def __post_init__(self):
         check_fields(self)
         if self.num_samples < 0 or self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
-            raise UsageError("--max_new_tokens is at least 1; --num_samples, --temperature and --top_k are not negative")
+            raise UsageError("--max_new_tokens is at least 1, the other numbers at least 0")
         if not 0 <= self.keep <= 1:
             raise UsageError("--keep is a share from 0 to 1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Generation
 
 def choose(logits, temperature, top_k, generators):
-    """One token for each row of logits (B, V) -> (B,), row i with generators[i], drawn on the CPU in float64."""
+    """One token for each row of logits (B, V) -> (B,), row i with generators[i], drawn on the CPU."""
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     scores = logits.double().cpu()
-    probabilities = ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)     # finite at any temperature
+    scores = (scores - scores.amax(-1, keepdim=True)) / temperature         # finite at any temperature
+    probabilities = scores.softmax(-1)
     drawn = [torch.multinomial(p, 1, generator=generator) for p, generator in zip(probabilities, generators)]
     return torch.cat(drawn).to(logits.device)
 
@@ -72,7 +75,8 @@ def choose(logits, temperature, top_k, generators):
 def read(networks, memory, tokens):
     """The memory (B, K, d) after reading tokens (B, n), n >= 0, one by one from memory (B, K, d)."""
     pieces = tokens.split(READ, dim=1) if tokens.shape[1] else ()
-    for piece in tqdm(pieces, desc="reading", unit_scale=READ, unit=" tokens", disable=None if len(pieces) > 1 else True):
+    hidden = None if len(pieces) > 1 else True              # None: shown on a terminal
+    for piece in tqdm(pieces, desc="reading", unit_scale=READ, unit=" tokens", disable=hidden):
         memory = roll_out_without_gradients(networks["updater"], memory, piece)[:, -1]
     return memory
 
@@ -100,7 +104,7 @@ def complete(networks, initial_memory, given, length, config):
 
 
 def complete_stories(networks, initial_memory, count, temperature, seed, longest=1000):
-    """Stories of a data set whose separator is 0, `count` at once, without their separators: a list of str."""
+    """`count` stories of a data set whose separator is 0, as a list of str, without separators."""
     start = torch.zeros(count, 1, dtype=torch.long, device=initial_memory.device)
     memory = read(networks, initial_memory.expand(count, -1, -1), start)
     rows, ended = [], torch.zeros(count, dtype=torch.bool)
@@ -109,10 +113,11 @@ def complete_stories(networks, initial_memory, count, temperature, seed, longest
         ended |= rows[-1] == 0
         if ended.all() or len(rows) == longest:
             break
-    return [bytes(row.tolist()).split(b"\0")[0].decode("ascii", "replace") for row in torch.stack(rows, dim=1)]
+    rows = torch.stack(rows, dim=1).tolist()
+    return [bytes(row).split(b"\0")[0].decode("ascii", "replace") for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The three kinds of data
 
 def write_stories(networks, initial_memory, meta, config):
@@ -138,7 +143,8 @@ def write(text):
 
 
 def paint(networks, initial_memory, meta, config, path):
-    """Generate or complete pictures and write them as one PNG grid; for completions also what was given, and the truth."""
+    """Generate or complete pictures and write them as one PNG grid; for completions also what was given, and
+    the truth."""
     from sources import pictures
     n, length, device = config.num_samples or 16, meta["longest_document"], initial_memory.device
     n_given = max(1, round(config.keep * length)) if config.prompt else 1
@@ -153,7 +159,8 @@ def paint(networks, initial_memory, meta, config, path):
     images, columns = [pictures.tokens_to_image(row, meta) for row in tokens], math.ceil(math.sqrt(n))
     if config.prompt:                                # three lines: given (the rest grey), completed, truth
         truth = [pictures.tokens_to_image(row, meta) for row in whole]
-        mask = pictures.tokens_to_image(np.where(np.arange(length) < n_given, meta["vocab_size"] - 1, 0), meta) > 0
+        mask = np.where(np.arange(length) < n_given, meta["vocab_size"] - 1, 0)
+        mask = pictures.tokens_to_image(mask, meta) > 0
         images, columns = [np.where(mask, image, 128) for image in truth] + images + truth, n
     pictures.save_grid(images, columns, path)
     print(path)
@@ -161,12 +168,14 @@ def paint(networks, initial_memory, meta, config, path):
 
 def answer(networks, initial_memory, meta, config):
     """Ask held-out questions: a line for the document, one for the answers, one for the truth."""
-    x, y = datasets.held_out(load_data(meta, config), config.num_samples or 10, meta["longest_document"], config.seed)
-    memory, answers, generators = initial_memory.expand(len(x), -1, -1), [], seeded(config.seed, len(x))
+    n, length = config.num_samples or 10, meta["longest_document"]
+    x, y = datasets.held_out(load_data(meta, config), n, length, config.seed)
+    memory, answers, generators = initial_memory.expand(n, -1, -1), [], seeded(config.seed, n)
     with torch.inference_mode():
         for token in x.to(initial_memory.device).unbind(1):
             memory = read(networks, memory, token[:, None])
-            answers.append(choose(networks["readout"](memory), config.temperature, config.top_k, generators).cpu())
+            logits = networks["readout"](memory)
+            answers.append(choose(logits, config.temperature, config.top_k, generators).cpu())
     answers, valid = torch.stack(answers, dim=1), y != IGNORE
     for i in range(len(x)):
         print("question ", datasets.decode(x[i], meta))
@@ -182,7 +191,7 @@ def load_data(meta, config):
     return data
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def warn(line):
     print(line, file=sys.stderr)

@@ -1,10 +1,11 @@
 """Backpropagation through time, the baseline: the same updater and readout, unrolled over the tokens.
 
-    python train_bptt.py                                          # fables, preset tiny
-    python train_bptt.py --dataset=retrieval --truncate=16        # gradients through 16 steps at most
-    python train_bptt.py --dataset=fables --init_from=runs/fables-dmt    # fine-tune a pretrained RNN
+    python train_bptt.py                                        # fables, preset tiny
+    python train_bptt.py --dataset=retrieval --truncate=16      # gradients through 16 steps at most
+    python train_bptt.py --init_from=runs/fables-dmt            # fine-tune a pretrained RNN
 
-Writes runs/<dataset>-bptt. Every step of the RNN waits for the one before, and so does every step of the backward pass.
+Writes runs/<dataset>-bptt. Every step of the RNN waits for the one before, and so does every step of the
+backward pass.
 """
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import runtime
 from evaluate import evaluate
 from lib.checkpoints import fields_of
 from lib.cli import UsageError, parse, run_main
+from lib.optim import learning_rate, make_optimizers, optimizer_step
 from model import IGNORE, RNNConfig, build, normalise, readout_loss, roll_out
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
@@ -26,7 +28,7 @@ class Config(RNNConfig, RunConfig):
     """Flags of train_bptt.py, on top of the shared ones."""
     seq_len: int = 256              # tokens T of a training row of text; other documents are rows as they are
     truncate: int = 0               # tokens after which the gradient through time is cut; 0: never
-    p_start: float = 0.5            # share of rows that begin at a document's start; the others begin anywhere (text)
+    p_start: float = 0.5            # text: share of rows from a document's start; the others begin anywhere
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
@@ -36,19 +38,21 @@ class Config(RNNConfig, RunConfig):
 
 
 MLP = dict(updater="mlp", updater_layers=1, n_heads=4, memory_tokens=8)
+TEXT = dict(d_model=128, memory_tokens=4, decoder_layers=3, seq_len=256, p_start=0.5)
 TASK = dict(memory_tokens=4, batch_size=64, max_iters=1000, lr=1e-3)
 PRESETS = {
-    "tiny": MLP | dict(d_model=64, decoder_layers=2, seq_len=220, p_start=0.9, batch_size=16, max_iters=400, lr=2e-3,
-                       eval_interval=100),
-    "small": MLP | dict(d_model=128, decoder_layers=3, batch_size=64, max_iters=20_000, lr=1e-3, eval_interval=1000,
-                        log_interval=50),
-    "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4, batch_size=128,
-                  max_iters=150_000, lr=3e-4, eval_interval=5000, eval_len=1024, log_interval=100),
-    **{f"tiny/{name}": dict(d_model=128, memory_tokens=4, decoder_layers=3, seq_len=256, p_start=0.5)
-       for name in ("tinystories", "text")},
-    **{f"{size}/{task}": TASK for size in ("tiny", "small") for task in ("retrieval", "copy", "stack", "modular")},
-    **{f"{size}/keyvalue": TASK | dict(memory_tokens=8) for size in ("tiny", "small")},
+    "tiny": MLP | dict(d_model=64, decoder_layers=2, seq_len=220, p_start=0.9, batch_size=16, max_iters=400,
+                       lr=2e-3, eval_interval=100),
+    "small": MLP | dict(d_model=128, decoder_layers=3, batch_size=64, max_iters=20_000, lr=1e-3,
+                        eval_interval=1000, log_interval=50),
+    "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4,
+                  batch_size=128, max_iters=150_000, lr=3e-4, eval_interval=5000, eval_len=1024,
+                  log_interval=100),
+    "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
+for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
+    PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
+PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens=8)
 
 
 def unroll(updater, memory, x, truncate=0):
@@ -64,22 +68,24 @@ def unroll(updater, memory, x, truncate=0):
 
 
 def bptt_loss(networks, x, y, count, truncate=0):
-    """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}; the gradient goes through all steps, or `truncate`.
+    """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}; the gradient goes through all steps,
+    or `truncate`.
 
     x, y (B, T). These rows' share of the mean over the global batch, which has `count` targets.
     """
     start = normalise(networks.initial_memory).expand(len(x), -1, -1)
     memories = unroll(networks["updater"], start, x, truncate)
-    loss = readout_loss(networks, memories, y) / count.clamp(min=1)     # of all steps at once: only the updater is sequential
+    loss = readout_loss(networks, memories, y) / count.clamp(min=1)     # of all steps at once
     return loss, dict(train_loss=loss)
 
 
 def compiled_parts(device):
-    """The networks that --compile compiles; on a CPU not the readout, whose number of memories differs from step to step."""
+    """The networks that --compile compiles; on a CPU not the readout, whose number of memories differs from
+    step to step."""
     return ("updater", "readout") if device.type == "cuda" else ("updater",)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
@@ -92,8 +98,9 @@ def main():
     networks = build(config, data.vocab_size, ("updater", "readout"))
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
-    optimizers = runtime.optimizers(networks, config)
-    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run, compiled_parts(run.device))
+    optimizers = make_optimizers(networks, config)
+    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run,
+                                compiled_parts(run.device))
     first_step = runtime.begin(run, data, networks, optimizers)
 
     run.start_clock()
@@ -108,16 +115,17 @@ def main():
         if last:
             break
 
-        x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start, run.rank, run.world_size)
+        x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start,
+                                        run.rank, run.world_size)
         count = run.sum((y != IGNORE).sum())
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             with runtime.micro_step(module, last=i == config.grad_accum - 1):
                 with run.autocast():
                     loss, losses = module(micro_x, micro_y, count)
-                (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
+                (loss * run.world_size).backward()      # DDP averages over processes; our losses are sums
             run.count(losses)
-        lr = runtime.learning_rate(step, config)
-        grad_norm = runtime.optimizer_step(optimizers, lr)
+        lr = learning_rate(step, config)
+        grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * T, grad_norm, lr)
     run.end(step)
 

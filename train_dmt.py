@@ -1,15 +1,15 @@
 """DAgger Memory Training: let the RNN run on its own memories and pull it back to the encoder's.
 
-    python train_dmt.py                                        # from runs/fables-smt
-    python train_dmt.py --dataset=tinystories --horizon=128    # shorter roll-outs
-    torchrun --nproc_per_node=8 train_dmt.py --dataset=mnist   # the paper's settings on 8 GPUs
+    python train_dmt.py                                         # from runs/fables-smt
+    python train_dmt.py --dataset=tinystories --horizon=128     # shorter roll-outs
+    torchrun --nproc_per_node=8 train_dmt.py --dataset=mnist
 
-Starts from an SMT checkpoint (--init_from, else runs/<dataset>-smt) and writes runs/<dataset>-dmt. Encoder and decoder are
-frozen, the readout begins as the decoder. Each iteration
+Starts from an SMT checkpoint (--init_from, else runs/<dataset>-smt) and writes runs/<dataset>-dmt. Encoder
+and decoder are frozen, the readout begins as the decoder. Each iteration
 
-    1. rolls f out over `horizon` tokens, without gradients: the memories m_hat_t of the current RNN    (sequential)
-    2. asks the encoder for the memories m_t it should have had, at every `label_stride`-th step       (parallel)
-    3. trains f on (m_hat_{t-1}, x_t) -> m_t, and g on m_hat_t -> y_t, all pairs at once               (parallel)
+    1. rolls f out over `horizon` tokens, without gradients: m_hat_t, the memories of the RNN (sequential)
+    2. asks the encoder for the memories m_t it should have had, at every `label_stride`-th step (parallel)
+    3. trains f on (m_hat_{t-1}, x_t) -> m_t, and g on m_hat_t -> y_t, all pairs at once (parallel)
 """
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import runtime
 from evaluate import evaluate
 from lib.checkpoints import check_data, load, restore
 from lib.cli import UsageError, parse, run_main
+from lib.optim import learning_rate, make_optimizers, optimizer_step
 from lib.seeds import philox
 from model import IGNORE, readout_loss, roll_out_without_gradients, squared_error
 from runtime import RunConfig
@@ -30,36 +31,42 @@ from sources.prepare import GENERATED, ensure
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Flags of train_dmt.py, on top of the shared ones."""
-    horizon: int = 0                # tokens of a roll-out, of which as many as fit into a row lie side by side; 0: the whole row
+    horizon: int = 0                # tokens of a roll-out; 0: the whole row. A row holds as many as fit
     label_stride: int = 1           # steps from one label of the encoder to the next
     seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
-    p_start: float = 0.5            # share of rows from a document's start (text); of iterations that roll out from a row's start
+    p_start: float = 0.5            # share of rows from a document's start (text), of roll-outs from a row's
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):
         super().__post_init__()
         if min(self.horizon, self.seq_len, self.label_stride - 1) < 0 or not 0 <= self.p_start <= 1:
-            raise UsageError("--horizon and --seq_len are at least 0, --label_stride at least 1, --p_start from 0 to 1")
+            raise UsageError("--horizon and --seq_len are at least 0, --label_stride 1, --p_start a share")
 
 
-TASK = dict(batch_size=32, max_iters=800)
+TEXT, TASK = dict(p_start=0.5, max_iters=800), dict(batch_size=32, max_iters=800)
 PRESETS = {
-    "tiny": dict(optimizer="muon", batch_size=8, max_iters=600, lr=2e-3, lambda_dyn=1.0, p_start=0.9, eval_interval=100),
-    "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0, eval_interval=100),
-    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100, eval_len=1024),
-    **{f"tiny/{name}": dict(p_start=0.5, max_iters=800) for name in ("tinystories", "text")},
-    **{f"{size}/{task}": TASK for size in ("tiny", "small") for task in ("copy", "stack", "keyvalue", "modular")},
-    **{f"{size}/retrieval": TASK | dict(max_iters=100, eval_interval=25) for size in ("tiny", "small")},    # little is left to do
+    "tiny": dict(optimizer="muon", batch_size=8, max_iters=600, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
+                 eval_interval=150),
+    "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0,
+                  eval_interval=200),
+    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100,
+                  eval_len=1024),
+    "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
+for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
+    PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
+PRESETS["tiny/retrieval"] = PRESETS["small/retrieval"] = TASK | dict(max_iters=100, eval_interval=25)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The three steps
 
 def choose_steps(config, step, T, h):
-    """Where in the rows of a step the roll-outs of h tokens begin, (n,), and which of their steps get a label, (R,).
+    """Where in the rows of a step the roll-outs of h tokens begin, (n,), and which of their steps get a
+    label, (R,).
 
-    The roll-outs lie one after the other from 0 (with probability p_start) or from anywhere. Pure in (seed, step).
+    The roll-outs lie one after the other from 0 (with probability p_start) or from anywhere. Pure in (seed,
+    step).
     """
     rng, n, stride = philox(config.seed, step, "roll-out"), T // h, min(config.label_stride, h)
     begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
@@ -68,18 +75,20 @@ def choose_steps(config, step, T, h):
 
 @torch.no_grad()
 def roll_out_and_label(networks, x, begins, h, labelled):
-    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n rising `begins`, ask E for labels.
+    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n rising `begins`, ask E for
+    labels.
 
-    Each roll-out starts from the encoder's memory at its begin (m_empty at 0). labelled (R,): the steps of a roll-out, 0..h-1,
-    that get a label. Returns, with the n roll-outs of a row side by side, the memory before each of these steps, m_hat_{t-1}
-    (B n, R, K, d), and its label m_t (B n, R, K, d).
+    Each roll-out starts from the encoder's memory at its begin (m_empty at 0). labelled (R,): the steps of a
+    roll-out, 0..h-1, that get a label. Returns, with the n roll-outs of a row side by side, the memory before
+    each of these steps, m_hat_{t-1} (B n, R, K, d), and its label m_t (B n, R, K, d).
     """
     t = (begins[:, None].to(x.device) + labelled).flatten()
-    memories = networks["encoder"](x, torch.cat([begins.to(x.device) - 1, t]))          # one call reads the row once
+    memories = networks["encoder"](x, torch.cat([begins.to(x.device) - 1, t]))   # one call reads the row once
     start, labels = memories.split([len(begins), len(t)], dim=1)
     start = start.flatten(0, 1)
     after = roll_out_without_gradients(networks["updater"], start, cut(x, begins, h))
-    return torch.cat([start[:, None], after], dim=1)[:, labelled], labels.unflatten(1, (len(begins), -1)).flatten(0, 1)
+    before = torch.cat([start[:, None], after], dim=1)[:, labelled]
+    return before, labels.unflatten(1, (len(begins), -1)).flatten(0, 1)
 
 
 def cut(x, begins, h):
@@ -105,9 +114,9 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
         L_read = CE(g(stop_gradient(m_hat_t)), y_t)             with m_hat_t = f(m_hat_{t-1}, x_t)
         L_dmt  = lambda_dyn L_dyn + L_read
 
-    at the labelled steps: the memories before them (N, R, K, d), labels m_t (N, R, K, d), tokens and targets x, y (N, R). Each
-    term is these roll-outs' share of the mean over the global batch, with the denominators counts (2,). Returns L_dmt, and the
-    terms to log.
+    at the labelled steps: the memories before them (N, R, K, d), labels m_t (N, R, K, d), tokens and targets
+    x, y (N, R). Each term is these roll-outs' share of the mean over the global batch, with the denominators
+    counts (2,). Returns L_dmt, and the terms to log.
     """
     counts = Counts(*counts.clamp(min=1))
     predicted = networks["updater"](before.flatten(0, 1), x.flatten()).view_as(labels)      # m_hat_t
@@ -117,7 +126,7 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
     return loss, {"train_loss": loss, "loss_dyn": L_dyn, "loss_read": L_read}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
@@ -131,13 +140,13 @@ def main():
     check_data(source, data, source_path, warn=run.print)
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
-        raise UsageError("DMT takes its labels from an encoder: --init_from must be a checkpoint of train_smt.py or train_dmt.py")
+        raise UsageError("DMT takes its labels from an encoder: --init_from must be of SMT or DMT")
     T = datasets.row_length(data, config.seq_len or source["config"]["seq_len"])
     h = min(config.horizon or T, T)
     networks.requires_grad_(False)
     for name in ("updater", "readout"):
         networks[name].requires_grad_()
-    optimizers = runtime.optimizers(networks, config)
+    optimizers = make_optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
     if run.compile:
         networks["updater"].compile(dynamic=False)      # for the roll-outs
@@ -156,10 +165,11 @@ def main():
         if last:
             break
 
-        x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start, run.rank, run.world_size)
+        x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start,
+                                        run.rank, run.world_size)
         begins, labelled = choose_steps(config, step, T, h)
         labelled = labelled.to(run.device)
-        collected = []                                  # a part of the rows at a time, which bounds the encoder's memory
+        collected = []                       # a part of the rows at a time, which bounds the encoder's memory
         for rows in x.chunk(config.grad_accum):
             with run.autocast():
                 collected.append(roll_out_and_label(networks, rows, begins, h, labelled))
@@ -171,10 +181,10 @@ def main():
             with runtime.micro_step(module, last=i == config.grad_accum - 1):
                 with run.autocast():
                     loss, losses = module(before, labels, micro_x, micro_y, counts)
-                (loss * run.world_size).backward()      # DDP averages over processes; our losses are to be summed
+                (loss * run.world_size).backward()      # DDP averages over processes; our losses are sums
             run.count(losses)
-        lr = runtime.learning_rate(step, config)
-        grad_norm = runtime.optimizer_step(optimizers, lr)
+        lr = learning_rate(step, config)
+        grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * len(begins) * h, grad_norm, lr)
     run.end(step)
 

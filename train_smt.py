@@ -1,9 +1,9 @@
 """Supervised Memory Training: learn what to remember and, in parallel over time, how to update it.
 
-    python train_smt.py                                        # fables, preset tiny, a few minutes on a laptop
-    python train_smt.py --dataset=retrieval                    # a synthetic task
-    python train_smt.py --dataset=tinystories                  # real text: a CPU's preset is tiny, a GPU's is paper
-    torchrun --nproc_per_node=8 train_smt.py --dataset=mnist   # the paper's sizes on 8 GPUs
+    python train_smt.py                             # fables, preset tiny, a few minutes on a laptop
+    python train_smt.py --dataset=retrieval         # a synthetic task
+    python train_smt.py --dataset=tinystories       # real text; the preset is tiny on a CPU, paper on a GPU
+    torchrun --nproc_per_node=8 train_smt.py --dataset=mnist
 
 Writes runs/<dataset>-smt; train_dmt.py goes on from there.
 """
@@ -20,6 +20,7 @@ import runtime
 from evaluate import evaluate
 from lib.checkpoints import fields_of
 from lib.cli import UsageError, parse, run_main
+from lib.optim import learning_rate, make_optimizers, optimizer_step
 from model import IGNORE, ModelConfig, cross_entropy, decoder_loss, futures, readout_loss, squared_error
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
@@ -31,9 +32,9 @@ UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, at most
 class Config(ModelConfig, RunConfig):
     """Flags of train_smt.py, on top of the shared ones."""
     seq_len: int = 256              # tokens T of a training row of text; other documents are rows as they are
-    positions: int = 1              # positions S drawn in a step, the same in each row, each with all four losses
-    p_start: float = 0.5            # share of rows that begin at a document's start; the others begin anywhere (text)
-    trunk_iters: int = 0            # first steps, which train the causal encoder's trunk alone; none with --init_from
+    positions: int = 1              # positions S drawn in a step, the same in each row
+    p_start: float = 0.5            # text: share of rows from a document's start; the others begin anywhere
+    trunk_iters: int = 0            # first steps, of the causal encoder's trunk alone; none with --init_from
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
 
@@ -41,34 +42,37 @@ class Config(ModelConfig, RunConfig):
         RunConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
         if min(self.positions, self.trunk_iters + 1, self.seq_len) < 1 or not 0 <= self.p_start <= 1:
-            raise UsageError("--positions and --seq_len are at least 1, --trunk_iters at least 0, --p_start from 0 to 1")
+            raise UsageError("--positions and --seq_len are at least 1, --trunk_iters 0, --p_start a share")
         if self.trunk_iters and self.encoder != "causal":
             raise UsageError("the window encoder has no trunk: --encoder=window takes --trunk_iters=0")
         if self.trunk_iters >= self.max_iters and not self.init_from:
             raise UsageError(f"--trunk_iters={self.trunk_iters} must be below --max_iters={self.max_iters}")
 
 
-CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", n_heads=4, future_len=200, positions=8)
-TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16, max_iters=1300,
-            lr=2e-3, eval_interval=200)
-TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128, seq_len=256,
-            future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400)
+CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", n_heads=4, positions=8,
+              conv_width=8, future_len=200)
+TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128,
+            seq_len=256, future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400)
+TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16,
+            max_iters=1300, lr=2e-3, eval_interval=200)
 PRESETS = {
-    "tiny": CAUSAL | dict(d_model=64, memory_tokens=8, encoder_layers=2, decoder_layers=2, conv_width=8, context_len=220,
+    "tiny": CAUSAL | dict(d_model=64, memory_tokens=8, encoder_layers=2, decoder_layers=2, context_len=220,
                           seq_len=220, trunk_iters=900, batch_size=4, max_iters=3200, lr=3e-3, p_start=0.9,
                           eval_interval=800, log_interval=50),
-    "small": CAUSAL | dict(d_model=128, memory_tokens=8, encoder_layers=3, decoder_layers=3, conv_width=8, context_len=256,
-                           trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000, log_interval=50),
-    "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4, updater_layers=8,
-                  context_len=256, future_len=64, batch_size=128, max_iters=150_000, lr=3e-4,
-                  eval_interval=5000, eval_len=1024, log_interval=100),
+    "small": CAUSAL | dict(d_model=128, memory_tokens=8, encoder_layers=3, decoder_layers=3, context_len=256,
+                           trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000,
+                           log_interval=50),
+    "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4,
+                  updater_layers=8, context_len=256, future_len=64, batch_size=128, max_iters=150_000,
+                  lr=3e-4, eval_interval=5000, eval_len=1024, log_interval=100),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
-    **{f"{size}/{task}": TASK for size in ("tiny", "small") for task in ("retrieval", "copy", "stack", "modular")},
-    **{f"{size}/keyvalue": TASK | dict(memory_tokens=8, max_iters=1600) for size in ("tiny", "small")},
 }
+for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
+    PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
+PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens=8, max_iters=1600)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The objective
 
 class Counts(NamedTuple):
@@ -82,11 +86,13 @@ class Counts(NamedTuple):
 def count_terms(x, y, t, config, pad):
     """The Counts of rows x, y (B, T) at positions t (S,), stacked: (4,)."""
     future_y = futures(x, y, t, config.future_len, pad)[1]
-    return torch.stack([(future_y != IGNORE).sum(), (x[:, t] != pad).sum(), (y[:, t] != IGNORE).sum(), (y != IGNORE).sum()])
+    valid = future_y != IGNORE, x[:, t] != pad, y[:, t] != IGNORE, y != IGNORE
+    return torch.stack([v.sum() for v in valid])
 
 
 def smt_loss(networks, x, y, t, counts, config):
-    """The paper's objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}) and m_{-1} = m_empty:
+    """The paper's objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}) and m_{-1} =
+    m_empty:
 
         L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1})
         L_dyn  = MSE(f(m_{t-1}, x_t), m_t)                      its gradients reach E through both memories
@@ -94,13 +100,14 @@ def smt_loss(networks, x, y, t, counts, config):
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
-    With the causal encoder L_trunk, ours, is added. Each term is these rows' share of the mean over the global batch of
-    config.batch_size rows, with the denominators counts (4,): the sum over micro-batches and processes is the loss. (L_unif is
-    the mean over micro-batches.) Returns the sum, and the terms to log.
+    With the causal encoder L_trunk, ours, is added. Each term is these rows' share of the mean over the
+    global batch of config.batch_size rows, with the denominators counts (4,): the sum over micro-batches and
+    processes is the loss. (L_unif is the mean over micro-batches.) Returns the sum, and the terms to log.
     """
-    encoder, updater, S, counts = networks["encoder"], networks["updater"], len(t), Counts(*counts.clamp(min=1))
-    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()                       # the window encoder has none
-    before, after = encoder(x, torch.cat([t - 1, t]), *trunk).split(S, dim=1)               # m_{t-1}, m_t: (B, S, K, d)
+    encoder, updater, counts = networks["encoder"], networks["updater"], Counts(*counts.clamp(min=1))
+    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()           # the window encoder has none
+    memories = encoder(x, torch.cat([t - 1, t]), *trunk)                        # (B, 2 S, K, d)
+    before, after = memories.split(len(t), dim=1)                               # m_{t-1}, m_t
     predicted = updater(before.flatten(0, 1), x[:, t].flatten()).view_as(after)
 
     L_dec = decoder_loss(networks, after, x, y, t, config.future_len) / counts.futures
@@ -117,33 +124,35 @@ def smt_loss(networks, x, y, t, counts, config):
 
 
 def uniformity(memories):
-    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over a sample of the memory tokens of memories (n, K, d), u = L2-normalised."""
+    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over a sample of the memory tokens of memories (n, K, d), u =
+    L2-normalised."""
     stride = math.ceil(len(memories) * memories.shape[1] / UNIFORMITY_TOKENS)
     u = F.normalize(memories[::stride].flatten(0, 1), dim=-1)
     if len(u) == 1:
         return u.new_zeros(())
-    with torch.autocast(u.device.type, enabled=False):      # a product in bf16 would be too coarse where tokens are close
-        distance = 2 - 2 * u @ u.T
-        others = ~torch.eye(len(u), dtype=torch.bool, device=u.device)
-        return (-2 * distance).masked_fill(~others, -torch.inf).flatten().logsumexp(0) - math.log(len(u) * (len(u) - 1))
+    n, same = len(u), torch.eye(len(u), dtype=torch.bool, device=u.device)
+    with torch.autocast(u.device.type, enabled=False):      # bf16 would be too coarse where tokens are close
+        similarity = (-2 * (2 - 2 * u @ u.T)).masked_fill(same, -torch.inf)
+        return similarity.flatten().logsumexp(0) - math.log(n * (n - 1))
 
 
 def trunk_loss(networks, trunk, y, counts):
     """L_trunk = CE(head of D(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
 
-    Recall is learned from a text sooner than from a memory, and the decoder can begin with what the trunk has learned.
-    trunk: of CausalEncoder.trunk, y (B, T).
+    Recall is learned from a text sooner than from a memory, and the decoder can begin with what the trunk has
+    learned. trunk: of CausalEncoder.trunk, y (B, T).
     """
     return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / counts.targets
 
 
 def trunk_alone(networks, x, y, t, counts, config):
-    """The objective of the first trunk_iters steps (ours): L_trunk. Arguments and returns are those of smt_loss."""
+    """The objective of the first trunk_iters steps (ours): L_trunk. Arguments and returns are those of
+    smt_loss."""
     loss = trunk_loss(networks, networks["encoder"].trunk(x), y, Counts(*counts.clamp(min=1)))
     return loss, {"train_loss": loss, "loss_trunk": loss}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
@@ -154,7 +163,7 @@ def main():
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
     networks = model.build(config, data.vocab_size).to(run.device)
-    optimizers = runtime.optimizers(networks, config)
+    optimizers = make_optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
     first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
     trunk_end = 0 if config.init_from else config.trunk_iters
@@ -173,12 +182,12 @@ def main():
 
         if step == trunk_end > 0:
             networks["encoder"].start_decoder(networks["decoder"])
-        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions, config.p_start,
-                                        run.rank, run.world_size)
+        x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions,
+                                        config.p_start, run.rank, run.world_size)
         t = t.to(run.device)
         counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, rows in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
-            if step < trunk_end:                                # without DDP, which waits for the gradients of all networks
+            if step < trunk_end:                # without DDP, which waits for the gradients of all networks
                 with run.autocast():
                     loss, losses = trunk_alone(networks, *rows, t, counts, config)
                 loss.backward()
@@ -186,12 +195,12 @@ def main():
                 with runtime.micro_step(module, last=i == config.grad_accum - 1):
                     with run.autocast():
                         loss, losses = module(*rows, t, counts)
-                    (loss * run.world_size).backward()          # DDP averages over processes; our losses are to be summed
+                    (loss * run.world_size).backward()      # DDP averages over processes; our losses are sums
             run.count(losses)
         if step < trunk_end:
             run.sum_gradients(networks)
-        lr = runtime.learning_rate(step, config, decay_from=(trunk_end + 2 * config.max_iters) // 3)
-        grad_norm = runtime.optimizer_step(optimizers, lr)
+        lr = learning_rate(step, config, decay_from=(trunk_end + 2 * config.max_iters) // 3)
+        grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * T, grad_norm, lr, phase_ends=(trunk_end,))
     run.end(step)
 

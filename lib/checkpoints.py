@@ -24,35 +24,39 @@ def write_atomically(path, write):
             temporary.unlink()
 
 
-SCHEMA = dict(stage=str, step=int, time=float, spent=dict, data=dict, model=dict, config=dict, optimizers=list,
-              model_config=dict, initial_memory=torch.Tensor)
+SCHEMA = dict(stage=str, step=int, time=float, spent=dict, data=dict, model=dict, config=dict,
+              optimizers=list, model_config=dict, initial_memory=torch.Tensor)
 
 
 def load(path, map_location="cpu"):
-    """A checkpoint file, or the ckpt.pt of a run's folder, as a dict. DataError if it is missing, truncated or not ours."""
+    """A checkpoint file, or the ckpt.pt of a run's folder, as a dict. DataError if it is missing, truncated
+    or not ours."""
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise DataError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         wrong = [name for name, kind in SCHEMA.items() if not isinstance(checkpoint[name], kind)]
-        data, spent, tensors = checkpoint["data"], checkpoint["spent"], [checkpoint["initial_memory"], *checkpoint["model"].values()]
-        wrong += ["step"] * (not 0 <= checkpoint["step"] < 2**62)
-        wrong += ["data"] * (data["kind"] not in ("text", "image", "synthetic") or not isinstance(data["name"], str)
-                             or data["vocab_size"] not in range(2, 257))
-        wrong += ["spent"] * (not all(0 <= float(spent[name]) < 2**63 for name in ("tokens", "seconds")))
-        wrong += ["model"] * (not all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors))
+        data, tensors = checkpoint["data"], [checkpoint["initial_memory"], *checkpoint["model"].values()]
+        valid = {"step": 0 <= checkpoint["step"] < 2**62,
+                 "spent": all(0 <= float(checkpoint["spent"][key]) < 2**63 for key in ("tokens", "seconds")),
+                 "data": data["kind"] in ("text", "image", "synthetic") and isinstance(data["name"], str)
+                         and type(data["vocab_size"]) is int and 2 <= data["vocab_size"] <= 256,
+                 "model": all(w.dtype == torch.float32 and w.isfinite().all() for w in tensors)}
+        wrong += [name for name, is_valid in valid.items() if not is_valid]
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
-        raise DataError(f"{path} is not a checkpoint that can be trusted and read ({type(error).__name__})") from None
+        raise DataError(f"{path} is not a checkpoint, or damaged ({type(error).__name__})") from None
     if wrong:
-        raise DataError(f"{path} is not a checkpoint of this project, or damaged: its {wrong[0]} makes no sense")
+        raise DataError(f"{path} is not a checkpoint, or damaged: its {wrong[0]} makes no sense")
     return checkpoint
 
 
 def restore(checkpoint, device="cpu"):
-    """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d). DataError if it does not fit.
+    """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d).
+    DataError if it does not fit.
 
-    Shapes are compared before anything is allocated: a config cannot ask for more memory than the weights have.
+    Shapes are compared before anything is allocated: a config cannot ask for more memory than the weights
+    have.
     """
     weights = {key: w for key, w in checkpoint["model"].items() if "." in key}
     names = dict.fromkeys(key.split(".")[0] for key in weights)
@@ -85,8 +89,10 @@ def fields_of(cls, config):
 
 
 def check_data(checkpoint, data, path, warn=None):
-    """DataError unless a checkpoint was trained on this data set; if other data have its name, too, or with `warn` a warning."""
-    trained, here = (f"{meta['name']} (vocabulary {meta['vocab_size']})" for meta in (checkpoint["data"], data.meta))
+    """DataError unless a checkpoint was trained on this data set; if other data have its name, too, or with
+    `warn` a warning."""
+    both = checkpoint["data"], data.meta
+    trained, here = (f"{meta['name']} (vocabulary {meta['vocab_size']})" for meta in both)
     if trained != here:
         raise DataError(f"{path} was trained on {trained}, this data set is {here}")
     if checkpoint["data"].get("fingerprint") != data.meta.get("fingerprint"):
@@ -98,14 +104,17 @@ def check_data(checkpoint, data, path, warn=None):
 
 def load_weights(networks, checkpoint, config, path):
     """Load the weights of those networks that a checkpoint has too. DataError where they do not fit."""
-    weights, own = {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}, networks.state_dict()
+    weights = {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}
+    own = networks.state_dict()
     both = {name.split(".")[0] for name in own} & {name.split(".")[0] for name in weights}
-    here, given = ({name: w.shape for name, w in some.items() if name.split(".")[0] in both} for some in (own, weights))
+    here, given = ({name: w.shape for name, w in state.items() if name.split(".")[0] in both}
+                   for state in (own, weights))
     wrong = [name for name in here | given if here.get(name) != given.get(name)]
-    wrong += [f"--{name}" for name, value in checkpoint["model_config"].items()
-              if name in ("n_heads", "updater", "encoder") and getattr(config, name, value) != value]      # no shape shows these
+    for name in ("n_heads", "updater", "encoder"):          # no shape shows these
+        value = checkpoint["model_config"].get(name)
+        wrong += [f"--{name}={value}"] * (getattr(config, name, value) != value)
     if wrong or not both:
-        raise DataError(f"{path} has another architecture: {wrong[0] if wrong else 'no network'} does not fit")
+        raise DataError(f"{path} has another architecture: {(wrong or ['no network'])[0]} does not fit")
     networks.load_state_dict({name: weights[name] for name in here}, strict=False)
 
 

@@ -1,4 +1,5 @@
-"""Command line and errors: flags from a frozen dataclass; one line and an exit status for whoever made a mistake."""
+"""Command line and errors: flags from a frozen dataclass; one line and an exit status for whoever made a
+mistake."""
 import argparse
 import dataclasses
 import inspect
@@ -28,7 +29,7 @@ class Stopped(Exception):
 
 def run_main(main):
     """Call main(). A user's mistake becomes one line on stderr and an exit status, never a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # like Ctrl-C: what is half-written is removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # like Ctrl-C: what is half-written is removed
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")               # for names that the terminal cannot show
     status, message = 0, ""
@@ -52,32 +53,36 @@ def run_main(main):
         if message:
             print(message, file=sys.stderr, flush=True)
         if status:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # nothing is flushed to a broken pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # no flush to a broken pipe
     if status and dist.is_initialized():
-        os._exit(status)                                            # to destroy the group would wait for the others
+        os._exit(status)                                      # to destroy the group would wait for the others
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags
 
 def check_fields(config, positive=""):
-    """UsageError unless each field of a dataclass has a value of its type, one of its choices, finite, and >= 1 if in `positive`."""
+    """UsageError unless each field of a dataclass has a value of its type, one of its choices, finite, and >=
+    1 if in `positive`."""
     for f, hint in zip(dataclasses.fields(config), typing.get_type_hints(type(config)).values(), strict=True):
         value, kinds = getattr(config, f.name), typing.get_args(hint) or (hint,)
         if typing.get_origin(hint) is Literal:
             if value not in kinds:
                 raise UsageError(f"--{f.name} is {' or '.join(kinds)}, not {value!r}")
         elif type(value) not in kinds + (int,) * (float in kinds):
-            raise UsageError(f"--{f.name} must be {' or '.join(kind.__name__ for kind in kinds)}, not {value!r}")
-        if type(value) in (int, float) and not abs(value) < 2**63 or f.name in positive.split() and value < 1:
-            raise UsageError(f"--{f.name} must be {'at least 1' if f.name in positive.split() else 'finite'}, not {value}")
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise UsageError(f"--{f.name} must be {names}, not {value!r}")
+        if type(value) in (int, float) and not abs(value) < 2**63:
+            raise UsageError(f"--{f.name} must be finite, not {value}")
+        if f.name in positive.split() and value < 1:
+            raise UsageError(f"--{f.name} must be at least 1, not {value}")
 
 
 def field_comments(cls):
-    """The trailing `# comment` of every field of a dataclass and of those it inherits from: name -> comment."""
+    """The trailing `# comment` of every field of a dataclass and its bases: name -> comment."""
     comments = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
@@ -100,22 +105,25 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-PATHS = "data_dir out_dir init_from ckpt source figures json out".split()       # flags in which ~ is the home folder
+PATHS = "data_dir out_dir init_from ckpt source figures json out".split()   # ~ is the home folder
 
 
 def parse(Config, argv=None, presets=None, generated=()):
-    """The command line as a Config (a frozen dataclass): defaults, then the preset's values, then the flags given.
+    """The command line as a Config (a frozen dataclass): defaults, then the preset's values, then the flags
+    given.
 
-    A field's trailing comment is its --help. An unknown flag, a wrong type or a value that Config refuses ends the program with
-    status 2 and one line. presets: {name: {field: value}}; "<name>/<dataset>" adds to it. generated: data sets whose preset is
-    tiny on every device.
+    A field's trailing comment is its --help. An unknown flag, a wrong type or a value that Config refuses
+    ends the program with status 2 and one line. presets: {name: {field: value}}; "<name>/<dataset>" adds to
+    it. generated: data sets whose preset is tiny on every device.
     """
     hints, comments = typing.get_type_hints(Config), field_comments(Config)
     parser = OneLineParser(description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         kinds = typing.get_args(hints[f.name]) or (hints[f.name],)
-        options = dict(type=kinds[0], metavar=kinds[0].__name__) if isinstance(kinds[0], type) else dict(choices=kinds)
+        options = dict(choices=kinds)
+        if isinstance(kinds[0], type):
+            options = dict(type=kinds[0], metavar=kinds[0].__name__)
         if kinds[0] is bool:
             options = dict(nargs="?", const=True, type=parse_bool, metavar="true|false")
         elif f.name == "resume":

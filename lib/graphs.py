@@ -7,11 +7,13 @@ GRAPH_DEVICE = "cuda"   # the kind of device that has CUDA graphs
 
 
 def captured(function):
-    """function(module, *tensors), without gradients, from one CUDA graph for each module and each shape of the tensors.
+    """function(module, *tensors), without gradients, from one CUDA graph for each module and each shape of
+    the tensors.
 
-    A step of an RNN is hundreds of small kernels that take longer to launch than to run: a graph is one launch of all of them.
-    The graph reads the module's parameters where they are: they may change in place, but must not be replaced. function must not
-    synchronise or draw random numbers, and returns a tensor. On devices without graphs it is called as it is.
+    A step of an RNN is hundreds of small kernels that take longer to launch than to run: a graph is one
+    launch of all of them. The graph reads the module's parameters where they are: they may change in place,
+    but must not be replaced. function must not synchronise or draw random numbers, and returns a tensor. On
+    devices without graphs it is called as it is.
     """
     graphs = weakref.WeakKeyDictionary()                # module -> {shapes: (inputs, graph, output)}
 
@@ -21,7 +23,8 @@ def captured(function):
                 return function(module, *tensors).clone()
         with torch.inference_mode(False), torch.no_grad():
             known = graphs.setdefault(module, {})
-            key = (torch.is_autocast_enabled(GRAPH_DEVICE), *((tensor.shape, tensor.dtype) for tensor in tensors))
+            shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+            key = torch.is_autocast_enabled(GRAPH_DEVICE), *shapes
             if key not in known:
                 known[key] = capture(function, module, tensors)
             inputs, graph, output = known[key]
@@ -33,20 +36,22 @@ def captured(function):
 
 
 def capture(function, module, tensors):
-    """A CUDA graph of function(module, *tensors): the tensors it reads, the graph, and what a replay writes its result to.
+    """A CUDA graph of function(module, *tensors): the tensors it reads, the graph, and what a replay writes
+    its result to.
 
-    Autocast is entered inside, without its cache: a cast of a weight that was cached outside would be an old one at a replay.
+    Autocast is entered inside, without its cache: a cast of a weight that was cached outside would be an old
+    one at a replay.
     """
     inputs = [tensor.clone() for tensor in tensors]
-    autocast = torch.autocast(GRAPH_DEVICE, enabled=torch.is_autocast_enabled(GRAPH_DEVICE), cache_enabled=False,
-                              dtype=torch.get_autocast_dtype(GRAPH_DEVICE))
+    autocast = torch.autocast(GRAPH_DEVICE, dtype=torch.get_autocast_dtype(GRAPH_DEVICE), cache_enabled=False,
+                              enabled=torch.is_autocast_enabled(GRAPH_DEVICE))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), autocast:             # libraries allocate, and torch.compile compiles, before the capture
+    with torch.cuda.stream(side), autocast:     # libraries allocate before the capture
         for _ in range(2):
             function(module, *inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:      # NCCL's own thread may go on
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"), autocast:   # NCCL's own thread may go on
         output = function(module, *inputs)
     return inputs, graph, output

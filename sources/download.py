@@ -1,7 +1,7 @@
 """Original files: download them, and read them into pieces of tokens. `data.py` is what you run.
 
-A reader yields pieces (tokens, starts): bytes of one document or of several, and where in the piece they begin. Files
-are read as a stream, so they may be larger than memory.
+A reader yields pieces (tokens, starts): bytes of one document or of several, and where in the piece they
+begin. Files are read as a stream, so they may be larger than memory.
 """
 import codecs
 import gzip
@@ -49,7 +49,7 @@ GARBLED = {c.encode().decode("cp1252", "ignore"): plain for c, plain in PLAIN.it
 FOLD = {"â€\x9d": '"'} | {wrong: GARBLED[wrong] for wrong in sorted(GARBLED, key=len, reverse=True)} | PLAIN
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From files to bins
 
 def convert(name, folder, source, downloads, rng):
@@ -74,7 +74,8 @@ def convert(name, folder, source, downloads, rng):
 
 
 def write_split(folder, split, pieces):
-    """Write one split from pieces (tokens uint8 (n,) or bytes, starts of documents within the piece), as they come."""
+    """Write one split from pieces (tokens uint8 (n,) or bytes, starts of documents within the piece), as they
+    come."""
     starts, n_tokens = array("Q"), 0
     with open(folder / f"{split}.bin", "wb") as file:
         for tokens, piece_starts in pieces:
@@ -83,11 +84,12 @@ def write_split(folder, split, pieces):
     np.save(folder / f"{split}_starts.npy", np.array(starts, np.uint64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Download
 
 def original_files(name, source, downloads):
-    """The paths of the files of a data set: in the folder `source`, else downloaded into the folder `downloads`."""
+    """The paths of the files of a data set: in the folder `source`, else downloaded into the folder
+    `downloads`."""
     if not source:
         downloads.mkdir(parents=True, exist_ok=True)
         return [fetch(file, MIRRORS[name], downloads) for file in FILES[name]]
@@ -106,7 +108,8 @@ def original_files(name, source, downloads):
 def fetch(file, mirrors, folder):
     """Download a file from the first mirror that gives it whole and intact; returns its path in `folder`.
 
-    What has arrived stays in <file>.part, and the next attempt goes on from there. DataError if every mirror fails.
+    What has arrived stays in <file>.part, and the next attempt goes on from there. DataError if every mirror
+    fails.
     """
     path, part = folder / file, folder / f"{file}.part"
     failures = []
@@ -119,7 +122,7 @@ def fetch(file, mirrors, folder):
             os.replace(part, path)
             break
         except (OSError, http.client.HTTPException, DataError) as error:
-            reason = getattr(error, "reason", error)                  # URLError wraps the OSError that says it
+            reason = getattr(error, "reason", error)                 # URLError wraps the OSError that says it
             failures.append(f"{urlsplit(mirror).netloc}: {getattr(reason, 'strerror', None) or reason}")
     if not path.exists():
         raise DataError(f"cannot download {file} ({'; '.join(failures)}): try again to go on from where it stopped, "
@@ -180,7 +183,8 @@ def describe(paths):
 
 
 def chunks(path, packed=None, size=None):
-    """The content of a file in parts of `size` bytes; packed: whether it is gzipped, by default if its name says so."""
+    """The content of a file in parts of `size` bytes; packed: whether it is gzipped, by default if its name
+    says so."""
     packed = Path(path).suffix == ".gz" if packed is None else packed
     try:
         with gzip.open(path) if packed else open(path, "rb") as file:
@@ -190,7 +194,7 @@ def chunks(path, packed=None, size=None):
         raise DataError(f"{path} is not an intact gzip file: {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # TinyStories
 
 def stories(path):
@@ -236,11 +240,12 @@ def fold(text):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Any text
 
 def write_text(folder, source):
-    """Write the bins and starts of any text into `folder`, bytes as they are: the first 90% train. Returns its path."""
+    """Write the bins and starts of any text into `folder`, bytes as they are: the first 90% train. Returns
+    its path."""
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{source} is not a file: --source of text is one text file, plain or .gz")
@@ -269,18 +274,19 @@ def write_text(folder, source):
 
 
 def paragraphs(text):
-    """Where paragraphs begin, uint64: at the newline before a line with text that follows a blank one; and at 0."""
+    """Where paragraphs begin, uint64: at the newline before a line with text that follows a blank one; and at
+    0."""
     found = [np.zeros(1, np.uint64)]
     for i in range(0, len(text), CHUNK):
         part = text[max(i - 2, 0):i + CHUNK + 1]                    # two bytes of the past, one of the future
         last2, last, here, following = part[:-3], part[1:-2], part[2:-1], part[3:]
-        blank = (last == 10) | ((last == 13) & (last2 == 10))       # the line that ends here is empty, or a \r
+        blank = (last == 10) | ((last == 13) & (last2 == 10))      # the line that ends here is empty, or a \r
         at = np.flatnonzero(blank & (here == 10) & (following != 10) & (following != 13))
         found.append((at + max(i - 2, 0) + 2).astype(np.uint64))
     return np.unique(np.concatenate(found))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures
 
 def pixels(path):

@@ -1,12 +1,14 @@
-"""Fables: short stories from a grammar whose every probability is known, so that the best possible loss is known too.
+"""Fables: short stories from a grammar whose every probability is known, so that the best possible loss is
+known too.
 
     python data.py --dataset=fables                        # prepare the data set that training uses
     python -c "import fables; print(fables.examples(3))"   # read a few stories
     python -c "import fables; print(fables.statistics())"  # the floor: nats per character that no model can beat
 
-A grammar maps names to choices. A choice is {text: weight}, or Given(another choice, {its text: {text: weight}}). A
-text may mention choices as {name}: the first mention in a story draws the choice, every later one repeats it. That is
-all, and it makes stories that have to be remembered: the hero drawn in the first sentence comes back in the last.
+A grammar maps names to choices. A choice is {text: weight}, or Given(another choice, {its text: {text:
+weight}}). A text may mention choices as {name}: the first mention in a story draws the choice, every later
+one repeats it. That is all, and it makes stories that have to be remembered: the hero drawn in the first
+sentence comes back in the last.
 
 Two rules, which tests/test_fables.py checks for the whole grammar, make the probability of a story exact and easy:
   1. every choice between several texts is mentioned in every story, and drawn after the choice it depends on;
@@ -140,8 +142,8 @@ def examples(n_stories, seed=0):
 def generate(rng, n_tokens, grammar=GRAMMAR):
     """The stream 0 story 0 story 0 ... story 0 with at least n_tokens tokens, cut after a whole story.
 
-    Returns tokens (N,) uint8 and starts (D,) uint64, the places of the separators that open a story. With the same
-    rng a longer stream begins with the shorter one.
+    Returns tokens (N,) uint8 and starts (D,) uint64, the places of the separators that open a story. With the
+    same rng a longer stream begins with the shorter one.
     """
     stories, enough = [], 1
     while enough < n_tokens or not stories:
@@ -169,7 +171,8 @@ def head(grammar, text, known):
 
 
 def read(story, grammar=GRAMMAR):
-    """The choices of a story, {name: text}, and its log-probability; ValueError if the grammar cannot make it."""
+    """The choices of a story, {name: text}, and its log-probability; ValueError if the grammar cannot make
+    it."""
     known, log_p, at = {}, 0.0, 0
 
     def follow(text):
@@ -196,7 +199,8 @@ def read(story, grammar=GRAMMAR):
 
 
 def log_prob(story, grammar=GRAMMAR):
-    """Log-probability in nats of a story's characters and of its end; ValueError if the grammar cannot make it."""
+    """Log-probability in nats of a story's characters and of its end; ValueError if the grammar cannot make
+    it."""
     return read(story, grammar)[1]
 
 
@@ -226,8 +230,8 @@ def sentences(story):
 
 
 def returns(story):
-    """{fact: (told, begin, end)} of a story that the grammar has made, for the facts that its last sentence mentions: the place after the
-    fact where it is told, and where it comes back, story[begin:end]."""
+    """{fact: (told, begin, end)} of a story that the grammar has made, for the facts that its last sentence
+    mentions: the place after the fact where it is told, and where it comes back, story[begin:end]."""
     *before, last = sentences(story)
     found = {}
     for fact, (i, first_pattern, pattern) in RETURNING.items():
@@ -238,8 +242,9 @@ def returns(story):
 
 
 def kept(story):
-    """{fact: bool} of the facts that the last sentence mentions: whether all mentions are what the story has told. Takes any text, a
-    model's failures too; one of less than two sentences, or whose last one is not finished, mentions nothing."""
+    """{fact: bool} of the facts that the last sentence mentions: whether all mentions are what the story has
+    told. Takes any text, a model's failures too; one of less than two sentences, or whose last one is not
+    finished, mentions nothing."""
     *told, last = sentences(story)
     result = {}
     for fact, (i, first_pattern, pattern) in RETURNING.items():
@@ -256,7 +261,8 @@ def kept(story):
 # ---- what is known about all stories
 
 def outcomes(grammar, name, known):
-    """All texts that a choice can have, given the known choices: pairs (probability, known and what was drawn)."""
+    """All texts that a choice can have, given the known choices: pairs (probability, known and what was
+    drawn)."""
     if name in known:
         yield 1.0, known
         return
@@ -267,10 +273,12 @@ def outcomes(grammar, name, known):
 
 
 def expected(grammar, measure, name="story", known=None):
-    """The expectation of the sum of measure(name, text) over all mentions in a story (the first and the later ones).
+    """The expectation of the sum of measure(name, text) over all mentions in a story (the first and the later
+    ones).
 
-    An expectation of a sum is the sum of expectations, so each mention is followed by itself: stories need not be
-    enumerated. What is known is all that a choice and its parents can depend on, so each probability is exact.
+    An expectation of a sum is the sum of expectations, so each mention is followed by itself: stories need
+    not be enumerated. What is known is all that a choice and its parents can depend on, so each probability
+    is exact.
     """
     total = 0.0
     for p, now in outcomes(grammar, name, known or {}):
@@ -280,7 +288,8 @@ def expected(grammar, measure, name="story", known=None):
 
 
 def statistics(grammar=GRAMMAR, facts=FACTS):
-    """What no model can beat, and what memory is worth. Exact, from the grammar alone. All in nats and characters.
+    """What no model can beat, and what memory is worth. Exact, from the grammar alone. All in nats and
+    characters.
 
     entropy_per_character  entropy_per_story / mean_length: the lowest possible loss, the end token's prediction included
     entropy_per_story      the sum of the entropies of the choices

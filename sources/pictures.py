@@ -8,7 +8,7 @@ from lib.cli import DataError, UsageError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 SIDE = 64                # of a sketch, in pixels
-LIGHT = 200              # light is from this grey on, so that a thin stroke that the resizing made faint stays dark
+LIGHT = 200        # light is from this grey on, so that a thin stroke that the resizing made faint stays dark
 
 
 def open_picture(path):
@@ -69,7 +69,8 @@ def image_to_tokens(image, meta):
 
 
 def read_picture(path, meta):
-    """The tokens (n,) uint8 of a picture file, as in the data set: a sketch is resized, a digit must have its size already."""
+    """The tokens (n,) uint8 of a picture file, as in the data set: a sketch is resized, a digit must have its
+    size already."""
     if not Path(path).is_file():
         raise UsageError(f"there is no picture {path}")
     height, width = meta["image"]["height"], meta["image"]["width"]

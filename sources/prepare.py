@@ -1,4 +1,5 @@
-"""Prepare a data set: make its bins from a generator, a download or files. `data.py` is what you run, and says what is written."""
+"""Prepare a data set: make its bins from a generator, a download or files. `data.py` is what you run, and
+says what is written."""
 import fcntl
 import hashlib
 import json
@@ -12,19 +13,19 @@ from lib.checkpoints import write_atomically
 from lib.cli import DataError, UsageError
 from lib.seeds import philox
 from sources import download, fables, tasks
+from sources.bins import documents_end, histogram
 
 GENERATED = ["fables", *tasks.TASKS]
 DATASETS = [*GENERATED, "tinystories", "mnist", "sketchy", "text"]
 NEEDS_SOURCE = {"sketchy": "the folder of pictures", "text": "the text file"}
 TRAIN_TOKENS, VAL_TOKENS = 8_000_000, 500_000       # of generated data
-SCAN = 1 << 24       # tokens looked at together when a whole bin is scanned
 
 
 def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS, **options):
     """Make the data set data_dir/name, whole or not at all, and print what is in it.
 
-    source: file or folder with the original files; unset: they are downloaded. options: of the generated task.
-    An existing data set of that name is replaced once the new one is complete.
+    source: file or folder with the original files; unset: they are downloaded. options: of the generated
+    task. An existing data set of that name is replaced once the new one is complete.
     """
     options = check_request(name, source, seed, train_tokens, val_tokens, options)
     folder = Path(data_dir) / name
@@ -56,7 +57,8 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_
 
 @contextmanager
 def locked(folder):
-    """Inside, no other process prepares the same data set. On entering, what a killed process had moved away is put back."""
+    """Inside, no other process prepares the same data set. On entering, what a killed process had moved away
+    is put back."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -121,7 +123,8 @@ def write_generated(folder, name, seed, n_tokens, options):
 
 
 def finish(folder, meta):
-    """Count and fingerprint what was written and write meta.json; returns the whole meta. DataError if a split is empty."""
+    """Count and fingerprint what was written and write meta.json; returns the whole meta. DataError if a
+    split is empty."""
     meta = {"source": [], **meta, "longest_document": 0, "counts": {}}
     seen, digest = np.zeros(256, np.int64), hashlib.sha256()
     for split in ("train", "val"):
@@ -159,13 +162,3 @@ def summary(meta, folder):
                   f"{known['fact_share']:.1%} of it are facts that come back later; to forget them costs "
                   f"{known['forgetting_cost']:.4f} nats per character more"]
     return "\n".join(lines)
-
-
-def documents_end(n_tokens, meta):
-    """Where the last document ends: a stream of stories closes with one more separator, which belongs to none."""
-    return n_tokens - 1 if meta["kind"] == "text" and meta["first_token"] == 0 else n_tokens
-
-
-def histogram(tokens):
-    """How often each byte value occurs (256,), a part at a time."""
-    return sum(np.bincount(tokens[i:i + SCAN], minlength=256) for i in range(0, len(tokens), SCAN))

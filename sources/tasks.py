@@ -1,4 +1,5 @@
-"""Five synthetic tasks that ask one thing: was it remembered? Each is a stream of short documents with a few targets.
+"""Five synthetic tasks that ask one thing: was it remembered? Each is a stream of short documents with a few
+targets.
 
     python data.py --dataset=stack --depth=8 --length=32-64    # prepare one of them, with its options
 
@@ -9,9 +10,10 @@ A task draws whole documents until there are n_tokens tokens, and returns
     starts   (D,) uint64   where each document begins
     vocab_size
 
-all drawn from `rng`: the same generator state gives the same documents. Symbols are tokens 0, 1, ..; a task's marker,
-if it has one, is the token after the last symbol. `length` is a pair (low, high), drawn anew for each document, both ends
-included. Options that make no sense raise UsageError. In the examples `.` stands for NO_TARGET and a, b, c for symbols.
+all drawn from `rng`: the same generator state gives the same documents. Symbols are tokens 0, 1, ..; a task's
+marker, if it has one, is the token after the last symbol. `length` is a pair (low, high), drawn anew for each
+document, both ends included. Options that make no sense raise UsageError. In the examples `.` stands for
+NO_TARGET and a, b, c for symbols.
 """
 import math
 import string
@@ -24,12 +26,14 @@ NO_TARGET = 255
 
 
 def retrieval(rng, n_tokens, *, length=(32, 32), symbols=8, noise=0.0):
-    """Which symbol followed the marker? Marker and needle are in the first half, the question is asked at the end.
+    """Which symbol followed the marker? Marker and needle are in the first half, the question is asked at the
+    end.
 
         x  c a ? b d a c a d ?
         y  . . . . . . . . . b
 
-    length: tokens. noise: the probability that the answer is replaced by a random symbol (which may be the right one).
+    length: tokens. noise: the probability that the answer is replaced by a random symbol (which may be the
+    right one).
     """
     check_symbols(symbols)
     check(0 <= noise <= 1, f"noise is a probability, not {noise}")
@@ -57,7 +61,7 @@ def copy(rng, n_tokens, *, length=(6, 6), symbols=8):
     n = draw_sizes(rng, n_tokens, length, shortest=1, tokens=lambda n: 2 * n)[:, None]        # (D, 1)
     strings = rng.integers(symbols, size=(len(n), n.max()), dtype=np.uint8)
 
-    i = np.arange(2 * n.max())                                                                # places in a document
+    i = np.arange(2 * n.max())                                                          # places in a document
     x = np.take_along_axis(strings, np.where(i < n, i, 2 * n - i).clip(0, n - 1), 1)          # (D, 2 n)
     x[i == n] = symbols
     y = np.where(i < n, NO_TARGET, np.take_along_axis(strings, (2 * n - 1 - i).clip(0, n - 1), 1))
@@ -70,7 +74,8 @@ def stack(rng, n_tokens, *, length=(32, 32), symbols=8, depth=4):
         x  a c ^ b ^ ^ c
         y  . . c . b a .
 
-    length: operations. depth: the greatest height of the stack; below it and above 0 a coin decides between push and pop.
+    length: operations. depth: the greatest height of the stack; below it and above 0 a coin decides between
+    push and pop.
     """
     check_symbols(symbols)
     check(depth >= 1, f"depth must be at least 1, not {depth}")
@@ -122,13 +127,14 @@ def keyvalue(rng, n_tokens, *, symbols=8, keys=4, key_length=2, value_length=2):
 
 
 def modular(rng, n_tokens, *, length=(16, 16), modulus=7):
-    """Find the rule r = (w a + b) mod p from pairs a, r, and apply it; each document has its own w (not 0) and b.
+    """Find the rule r = (w a + b) mod p from pairs a, r, and apply it; each document has its own w (not 0)
+    and b.
 
         x  3 4 1 5 3 4 6 6        (p = 7, w = 3, b = 2)
         y  . . . . 4 . 6 .
 
-    length: pairs. A result is asked only where the pairs before determine it: this a was there, or two different ones
-    were (enough because p is prime), so that the best accuracy is 1.
+    length: pairs. A result is asked only where the pairs before determine it: this a was there, or two
+    different ones were (enough because p is prime), so that the best accuracy is 1.
     """
     check_symbols(modulus, markers=0)
     check(all(modulus % i for i in range(2, modulus)), f"modulus must be a prime number, not {modulus}")
@@ -174,7 +180,8 @@ def check_symbols(symbols, markers=1):
 
 
 def draw_sizes(rng, n_tokens, length, shortest, tokens=lambda length: length):
-    """(D,) lengths of the first documents that together have n_tokens tokens, where one of length n has tokens(n)."""
+    """(D,) lengths of the first documents that together have n_tokens tokens, where one of length n has
+    tokens(n)."""
     low, high = length
     check(shortest <= low <= high, f"length is LOW-HIGH with {shortest} <= LOW <= HIGH, not {low}-{high}")
     check(n_tokens >= 1, f"at least one token is needed, not {n_tokens}")

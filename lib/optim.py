@@ -1,0 +1,87 @@
+"""Optimisers, learning rate, and one step."""
+import math
+
+import torch
+
+WARMUP = 0.01          # share of the steps
+WEIGHT_DECAY = 0.01    # of matrices
+GRAD_CLIP = 1.0        # largest norm of the gradient
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): SGD with Nesterov momentum and an orthogonalised step, as large as AdamW's
+    (Liu et al. 2025).
+
+    torch.optim.Muon computes in bf16, for which a CPU without such instructions needs seconds a step; this
+    one only on CUDA.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.type_as(p), alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
+def orthogonalise(matrix, steps=5):
+    """About U V^T of a matrix U S V^T (n, m), by the quintic Newton-Schulz iteration."""
+    x = matrix.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
+    x = x.T if len(x) > x.shape[1] else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if len(matrix) > matrix.shape[1] else x
+
+
+def make_optimizers(networks, config):
+    """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW
+    of the others.
+
+    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits.
+    Matrices are decayed, but not embeddings.
+    """
+    parameters = [p for p in networks.parameters() if p.requires_grad]
+    embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
+    hidden = {id(m.weight) for name, m in networks.named_modules() if config.optimizer == "muon"
+              and isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")}
+    groups = {WEIGHT_DECAY: [], 0.0: []}
+    for p in (p for p in parameters if id(p) not in hidden):
+        groups[WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0].append(p)
+    groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    both = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
+    if matrices := [p for p in parameters if id(p) in hidden]:
+        both.append(Muon(matrices, config.lr, WEIGHT_DECAY))
+    return both
+
+
+def learning_rate(step, config, decay_from=0):
+    """Linear warm-up to config.lr, constant up to the step `decay_from`, then a cosine down to a tenth of it
+    at max_iters."""
+    warmup = max(1, round(WARMUP * config.max_iters))
+    begin = max(warmup, decay_from)
+    if step < begin:
+        return config.lr * min(1, (step + 1) / warmup)
+    share = (step - begin) / max(1, config.max_iters - begin)
+    return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def optimizer_step(optimizers, lr):
+    """Clip, step, forget the gradients; returns their norm before clipping, a tensor: nothing is
+    synchronised."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], GRAD_CLIP)
+    for group in groups:
+        group["lr"] = lr
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
