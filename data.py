@@ -30,7 +30,7 @@ import torch
 from lib.cli import DataError, UsageError, check_fields, parse, run_main
 from lib.seeds import philox
 from model import IGNORE
-from sources import download, tasks
+from sources import tasks, texts
 from sources.bins import check_meta, documents_end, load_split
 from sources.prepare import NEEDS_SOURCE, TRAIN_TOKENS, VAL_TOKENS, prepare
 
@@ -180,7 +180,7 @@ def encode(text, meta):
     if meta["kind"] != "text":
         raise UsageError(f"{meta['name']} is not made of text: there are no tokens for {text!r}")
     alphabet = set(meta["alphabet"]) - {0}
-    text = download.fold(text) if meta["name"] == "tinystories" else text
+    text = texts.fold(text) if meta["name"] == "tinystories" else text
     missing = sorted({c for c in text if not alphabet.issuperset(c.encode("utf-8", "surrogatepass"))})
     if missing:
         raise UsageError(f"{meta['name']} does not have the characters {' '.join(map(repr, missing))}")

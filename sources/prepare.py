@@ -14,6 +14,7 @@ from lib.cli import DataError, UsageError
 from lib.seeds import philox
 from sources import download, fables, tasks
 from sources.bins import documents_end, histogram
+from sources.files import chunks, write_split
 
 GENERATED = ["fables", *tasks.TASKS]
 DATASETS = [*GENERATED, "tinystories", "mnist", "sketchy", "text"]
@@ -113,7 +114,7 @@ def write_generated(folder, name, seed, n_tokens, options):
             (tokens, starts), targets, vocab_size = fables.generate(rng, n_tokens[stream]), None, fables.VOCAB_SIZE
         else:
             tokens, targets, starts, vocab_size = tasks.TASKS[name](rng, n_tokens[stream], **options)
-        download.write_split(folder, split, [(tokens, starts)])
+        write_split(folder, split, [(tokens, starts)])
         if targets is not None:
             targets.tofile(folder / f"{split}_targets.bin")
     meta = {"vocab_size": vocab_size, "options": tasks.OPTIONS.get(name, {}) | options}
@@ -140,7 +141,7 @@ def finish(folder, meta):
         if split == "train" and meta["kind"] == "image":
             meta["first_token"] = int(np.bincount(tokens[starts]).argmax())   # the likeliest first pixel
         for path in sorted(folder.glob(f"{split}*")):
-            for chunk in download.chunks(path, packed=False):
+            for chunk in chunks(path, packed=False):
                 digest.update(chunk)
     meta["fingerprint"] = digest.hexdigest()
     if meta["kind"] == "text":
