@@ -110,7 +110,7 @@ def load_weights(networks, checkpoint, config, path):
     here, given = ({name: w.shape for name, w in state.items() if name.split(".")[0] in both}
                    for state in (own, weights))
     wrong = [name for name in here | given if here.get(name) != given.get(name)]
-    for name in {"n_heads", "updater", "encoder"} & checkpoint["model_config"].keys():    # no shape shows these
+    for name in {"n_heads", "updater", "encoder"} & checkpoint["model_config"].keys():  # no shape shows these
         value = checkpoint["model_config"][name]
         wrong += [f"--{name}={value}"] * (getattr(config, name, value) != value)
     if wrong or not both:
