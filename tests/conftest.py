@@ -47,6 +47,7 @@ def call(script, *arguments):
         for run in runs:
             if run.lock is not None:                        # of the run's folder, as if the process had ended
                 os.close(run.lock)
+                run.lock = None                             # a call within a call sees it, too
         for number, handler in handlers.items():
             signal.signal(number, handler)
     text = []
