@@ -213,14 +213,9 @@ def load(name, data_dir):
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{folder / 'meta.json'} is damaged ({reason}); {again}") from None
     try:
-        splits = [map(to_tensor, load_split(folder, meta, split)) for split in ("train", "val")]
-        return Data(meta, *(Split(*split) for split in splits))
+        return Data(meta, *(Split(*load_split(folder, meta, split)) for split in ("train", "val")))
     except (EOFError, ValueError) as error:
         raise DataError(f"{folder}: {error}; {again}") from None
-
-
-def to_tensor(array):
-    return None if array is None else torch.from_numpy(array)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -82,6 +83,7 @@ class Run:
     clock: float = 0.0                                  # when `seconds` was last brought up to date
     sums: dict = field(default_factory=dict)            # of the losses since the last log line, tensors
     since: dict = field(default_factory=lambda: {"step": 0, "tokens": 0, "seconds": 0.0})   # spent then
+    first_step: int = 0
     signal: int = 0
     bar: tqdm | None = None
     lock: int | None = None                             # file descriptor of the locked folder
@@ -170,6 +172,9 @@ class Run:
         """After a step of so many tokens. Every log_interval steps, and where a phase or the run ends, log
         the losses' means over the steps since the last line. DataError if they are not finite."""
         self.spent["tokens"] += tokens
+        if self.compile and step - 1 in (self.first_step, *phase_ends):         # compiling is not training
+            self.print(f"compiled in {duration(time.perf_counter() - self.clock)}")
+            self.start_clock()
         if self.bar:
             self.bar.update(step - self.bar.n)
         ends = (*phase_ends, self.config.max_iters)
@@ -182,7 +187,7 @@ class Run:
         for name, value in {"loss": losses["train_loss"], "gradient's norm": float(grad_norm)}.items():
             if not math.isfinite(value):
                 raise DataError(f"the {name} became {value} before step {step}; the last checkpoint stays")
-        seconds = self.spent["seconds"] - since["seconds"]
+        seconds = max(self.spent["seconds"] - since["seconds"], 1e-9)
         speed = round((self.spent["tokens"] - since["tokens"]) / seconds)
         self.log(step, **losses, grad_norm=float(grad_norm), lr=lr, tokens_per_second=speed)
         shown = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in losses.items())
@@ -217,7 +222,7 @@ def choose_device(name, local_rank=0):
             device = torch.device("cuda", local_rank if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:
         raise UsageError(f"--device={name} cannot be used here: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32; torch.compile may fail after the newer switch
@@ -226,6 +231,16 @@ def choose_device(name, local_rank=0):
 
 
 COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT has several shapes
+
+
+def compile_failure(device):
+    """Why torch.compile does not work here, in one line: it needs a C++ compiler, on CUDA Triton. "" if it works."""
+    torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
+    try:
+        torch.compile(torch.square)(torch.ones(8, device=device))
+        return ""
+    except Exception as error:  # noqa: BLE001  compilers fail in many ways
+        return " ".join(str(error).split())[:120]
 
 
 def start(config, stage):
@@ -244,8 +259,8 @@ def start(config, stage):
 
     by_default = device.type == "cuda" and config.preset != "tiny"
     compiles = by_default if config.compile is None else config.compile
-    if compiles:
-        torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
+    failure = compile_failure(device) if compiles else ""
+    compiles = compiles and not failure
     out_dir = Path(config.out_dir or f"runs/{config.dataset}-{stage}")
     there = (out_dir / "ckpt.pt").exists()
     if config.resume == "yes" and not there:
@@ -257,6 +272,8 @@ def start(config, stage):
     run.print(f"{stage}: {config.dataset}, preset {config.preset}, {device} ({threads} threads), "
               f"{'bf16' if device.type == 'cuda' else 'float32'}, compile {'on' if compiles else 'off'}, "
               f"{world_size} process{'es' if world_size > 1 else ''}, writes {run.out_dir}")
+    if failure:
+        run.print(f"note: torch.compile does not work here, the run goes on without: {failure}")
     if config.preset == "paper" and device.type == "cpu":
         run.print("note: the preset paper is made for a GPU: it takes months on a CPU, tiny minutes")
     return run
@@ -290,7 +307,7 @@ def begin(run, data, networks, optimizers, fixed=()):
                 optimizer.load_state_dict(state)
         except (KeyError, ValueError):
             raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
-        run.since = {"step": step, **run.spent}
+        run.since, run.first_step = {"step": step, **run.spent}, step
         kept = [line for line in read_log(log)          # the evaluation at this step is made anew
                 if line["step"] < step or line["step"] == step and "train_loss" in line]
         run.print("; ".join([f"resumed at step {step}", *changed.values()]))
@@ -375,7 +392,8 @@ def distribute(networks, loss, run, parts=()):
         networks[name].compile(dynamic=False)
     if run.world_size > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
-        module = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):      # broadcast_buffers in torch 2.13
+            module = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
     return torch.compile(module, dynamic=False) if run.compile and not parts else module
 
 

@@ -1,5 +1,6 @@
 """The files of a data set: checked before anything is made of what they say."""
 import numpy as np
+import torch
 
 from sources import tasks
 
@@ -47,7 +48,7 @@ def load_split(folder, meta, split):
             wrong = [i for i in np.flatnonzero(histogram(array)) if i >= V and i not in allowed]
             if wrong:
                 raise ValueError(f"{split} holds the token {wrong[0]}, outside the vocabulary of {V}")
-    return tokens, targets, starts
+    return tuple(None if array is None else torch.from_numpy(array) for array in (tokens, targets, starts))
 
 
 def map_bin(path, n_tokens):
