@@ -57,7 +57,7 @@ class Config(BaselineConfig, RunConfig):
             raise UsageError("--seq_len is at least 1, --p_start from 0 to 1")
 
 
-TASK = dict(d_model=72, layers=4, hidden=212, batch_size=64, max_iters=1000, lr=1e-3)
+TASK = dict(batch_size=64, max_iters=1000, lr=1e-3)
 TEXT = dict(d_model=128, layers=6, hidden=464, context_len=256, seq_len=256, p_start=0.5)
 PRESETS = {
     "tiny": dict(d_model=136, layers=3, hidden=328, context_len=220, seq_len=220, p_start=0.9, batch_size=16,
@@ -68,9 +68,10 @@ PRESETS = {
                   eval_interval=5000, eval_len=1024, log_interval=100),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
-for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
-    PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
-PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(d_model=96, layers=6, hidden=356)
+for task in ("retrieval", "copy", "stack", "modular"):
+    PRESETS[f"tiny/{task}"] = TASK | dict(d_model=72, layers=4, hidden=212)
+    PRESETS[f"small/{task}"] = TASK | dict(d_model=128, layers=6, hidden=480)
+PRESETS |= {"tiny/keyvalue": TASK | dict(d_model=96, layers=6, hidden=356), "small/keyvalue": TASK}
 
 
 # ------------------------------------------------------------------------------------------------------------
