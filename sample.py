@@ -47,9 +47,10 @@ class Config:
     out: str = ""               # picture file to write; empty: samples.png beside the checkpoint
 
     def __post_init__(self):
-        check_fields(self)
-        if self.num_samples < 0 or self.max_new_tokens < 1 or self.temperature < 0 or self.top_k < 0:
-            raise UsageError("--max_new_tokens is at least 1, the other numbers at least 0")
+        check_fields(self, "max_new_tokens")
+        for name in ("num_samples", "temperature", "top_k"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} must not be negative")
         if not 0 <= self.keep <= 1:
             raise UsageError("--keep is a share from 0 to 1")
 

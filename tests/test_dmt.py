@@ -85,7 +85,7 @@ def test_roll_outs_and_labels_are_a_function_of_seed_and_step_and_cover_the_row(
         assert len(labelled) == max(1, h // label_stride)
         assert all(b - a == label_stride for a, b in zip(labelled, labelled[1:]))
         assert 0 <= labelled[0] <= labelled[-1] < h
-    uncovered = h % label_stride if h > label_stride else 0     # the last few, if the stride does not divide h
+    uncovered = h % label_stride if h > label_stride else 0    # the last few, if the stride does not divide h
     assert {i for _, labelled in drawn for i in labelled} >= set(range(h - uncovered))
     assert all(draw(step, p_start=1.0)[0][0] == 0 for step in range(20))
 
