@@ -178,7 +178,8 @@ class Run:
         if self.bar:
             self.bar.update(step - self.bar.n)
         ends = (*phase_ends, self.config.max_iters)
-        if step % self.config.log_interval and step not in ends and not self.signal:
+        stopping = self.signal and self.world_size == 1     # several processes have not agreed on it yet
+        if step % self.config.log_interval and step not in ends and not stopping:
             return
         self.read_clock()
         since, steps = self.since, step - self.since["step"]

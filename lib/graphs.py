@@ -20,7 +20,8 @@ def captured(function):
     def call(module, *tensors):
         if tensors[0].device.type != GRAPH_DEVICE:
             with torch.inference_mode():
-                return function(module, *tensors).clone()
+                output = function(module, *tensors)
+            return output.clone()                       # outside: a normal tensor, which may enter a loss
         with torch.inference_mode(False), torch.no_grad():
             known = graphs.setdefault(module, {})
             shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
