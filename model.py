@@ -254,7 +254,7 @@ class Updater(nn.Module):
                 nn.init.zeros_(layer[-1].weight)
                 nn.init.zeros_(layer[-1].bias)
         else:
-            self.cell = nn.GRUCell(d, size)
+            self.input, self.hidden = nn.Linear(d, 3 * size), nn.Linear(size, 3 * size)
         if self.kind != "gru":
             self.gate = nn.Linear(d, 1)
             nn.init.constant_(self.gate.bias, -1.0)     # rather closed: most of a memory stays in a step
@@ -263,7 +263,11 @@ class Updater(nn.Module):
         token = self.embed(x)
         if self.kind == "gru":
             with torch.autocast(memory.device.type, enabled=False):     # no bf16: rounding adds up
-                return normalise(self.cell(token, memory.flatten(1)).view_as(memory))
+                state = memory.flatten(1)
+                (a, b, c), (u, v, w) = self.input(token).chunk(3, 1), self.hidden(state).chunk(3, 1)
+                reset, hold = (a + u).sigmoid(), (b + v).sigmoid()
+                state = hold * state + (1 - hold) * (c + reset * w).tanh()
+                return normalise(state.view_as(memory))
         if self.kind == "transformer":
             h = torch.cat([memory, token[:, None]], dim=1)
             h = self.transformer(h, attend_to_all, slice(memory.shape[1]))

@@ -104,17 +104,14 @@ class Run:
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
-    def autocast(self):
-        """bf16 on CUDA, nothing elsewhere. Use one block per forward pass: a block caches the casts of
-        weights."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+    def autocast(self, cache=True):
+        """bf16 on CUDA, nothing elsewhere. One block per forward pass: a block caches the casts of weights.
 
-    def first(self, function):
-        """Call function() on the first process of each machine while the others wait."""
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            function()
-        if self.world_size > 1:
-            dist.barrier()
+        cache=False: gradients of a weight that is used many times are then summed in float32.
+        """
+        if self.device.type != "cuda":
+            return nullcontext()
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=cache)
 
     def sum(self, tensor):
         """The sum of a tensor over all processes, in place."""
@@ -255,7 +252,7 @@ def start(config, stage):
                          f"= {world_size} x {config.grad_accum}")
     if world_size > 1 and not dist.is_initialized():
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(hours=6), device_id=own)     # hours: of a download
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=own)
     torch.manual_seed(config.seed % 2**63)
 
     by_default = device.type == "cuda" and config.preset != "tiny"

@@ -131,7 +131,7 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
     run = runtime.start(config, "dmt")
-    run.first(lambda: ensure(config.dataset, config.data_dir))
+    ensure(config.dataset, config.data_dir)
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 

@@ -157,7 +157,7 @@ def trunk_alone(networks, x, y, t, counts, config):
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
     run = runtime.start(config, "smt")
-    run.first(lambda: ensure(config.dataset, config.data_dir))
+    ensure(config.dataset, config.data_dir)
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = datasets.row_length(data, config.seq_len)
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)

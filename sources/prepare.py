@@ -22,62 +22,61 @@ NEEDS_SOURCE = {"sketchy": "the folder of pictures", "text": "the text file"}
 TRAIN_TOKENS, VAL_TOKENS = 8_000_000, 500_000       # of generated data
 
 
-def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS, **options):
+def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_tokens=VAL_TOKENS, anew=True,
+            **options):
     """Make the data set data_dir/name, whole or not at all, and print what is in it.
 
-    source: file or folder with the original files; unset: they are downloaded. options: of the generated
-    task. An existing data set of that name is replaced once the new one is complete.
+    source: file or folder with the original files; unset: they are downloaded. options: of the generated task.
+    A data set that is there is replaced once the new one is complete; with anew=False it is left as it is.
     """
     options = check_request(name, source, seed, train_tokens, val_tokens, options)
     folder = Path(data_dir) / name
-    if folder.exists() and not (folder / "meta.json").is_file():
-        raise DataError(f"{folder} exists and is not a data set: move it away, or choose another --data_dir")
     made, old = folder.with_name(f".{name}.new"), folder.with_name(f".{name}.old")
     try:
-        with locked(folder):
+        with locked(folder, old):
+            if folder.exists() and not (folder / "meta.json").is_file():
+                raise DataError(f"{folder} exists and is not a data set: move it, or choose another --data_dir")
+            if folder.exists() and not anew:
+                return
             shutil.rmtree(made, ignore_errors=True)         # of a process that was killed
-            made.mkdir()
-            meta = {"name": name, "seed": seed, "options": options}
-            if name in GENERATED:
-                meta |= write_generated(made, name, seed, (train_tokens, val_tokens), options)
-            else:
-                meta |= download.convert(name, made, source, Path(data_dir) / "downloads", philox(seed, 0, "split"))
-            meta = finish(made, meta)
-            if folder.exists():
-                folder.rename(old)
-            made.rename(folder)
+            try:
+                made.mkdir()
+                meta = {"name": name, "seed": seed, "options": options}
+                if name in GENERATED:
+                    meta |= write_generated(made, name, seed, (train_tokens, val_tokens), options)
+                else:
+                    rng = philox(seed, 0, "split")
+                    meta |= download.convert(name, made, source, Path(data_dir) / "downloads", rng)
+                meta = finish(made, meta)
+                if folder.exists():
+                    folder.rename(old)
+                made.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
     except MemoryError:
-        raise DataError(f"cannot make {folder}: generated data must fit into memory, take fewer tokens") from None
+        raise DataError(f"cannot make {folder}: generated data must fit into memory; take fewer tokens") from None
     except OSError as error:
         raise DataError(f"cannot make {folder}: {error.filename or ''} {error.strerror or error}") from None
-    finally:
-        for path in made, old:
-            shutil.rmtree(path, ignore_errors=True)
     print(summary(meta, folder))
 
 
 @contextmanager
-def locked(folder):
-    """Inside, no other process prepares the same data set. On entering, what a killed process had moved away
-    is put back."""
+def locked(folder, old):
+    """Inside, no other process prepares this data set. On entering, what a killed process had moved to `old` is
+    put back."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        old = folder.with_name(f".{folder.name}.old")
         if old.exists() and not folder.exists():
             old.rename(folder)
         yield
 
 
 def ensure(name, data_dir):
-    """Prepare a data set that is not there yet."""
-    folder = Path(data_dir) / name
-    if not (folder / "meta.json").exists():
-        if folder.with_name(f".{name}.lock").exists():
-            with locked(folder):                            # another process may be at it: wait
-                pass
-        if not (folder / "meta.json").exists():
-            prepare(name, data_dir)
+    """Prepare a data set that is not there yet. Of several processes one prepares it, the others wait."""
+    if not (Path(data_dir) / name / "meta.json").exists():
+        prepare(name, data_dir, anew=False)
 
 
 def check_request(name, source, seed, train_tokens, val_tokens, options):
