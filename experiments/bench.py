@@ -113,19 +113,20 @@ def training(stage, config, smt_config, data, run):
         x, y, t = datasets.sample_batch(data, config.seed, i, config.batch_size, T, positions, config.p_start)
         if stage == "smt":
             t = t.to(run.device)
-            batch = x, y, t, train_smt.count_terms(x, y, t, config, data.pad)
+            rows, shared = (x, y), (t, train_smt.count_terms(x, y, t, config, data.pad))
         elif stage == "dmt":
             begins, labelled = train_dmt.choose_steps(config, i, T, h)
             labelled = labelled.to(run.device)
             with run.autocast():
                 before, labels = train_dmt.roll_out_and_label(networks, x, begins, h, labelled)
             x, y = (train_dmt.cut(tokens, begins, h)[:, labelled] for tokens in (x, y))
-            batch = before, labels, x, y, train_dmt.count_terms(x, y, data.pad)
+            rows, shared = (before, labels, x, y), (train_dmt.count_terms(x, y, data.pad),)
         else:
-            batch = x, y, (y != IGNORE).sum()
-        with run.autocast():
-            loss, _ = module(*batch)
-        loss.backward()
+            rows, shared = (x, y), ((y != IGNORE).sum(),)
+        for micro in zip(*(part.chunk(config.grad_accum) for part in rows)):
+            with run.autocast(cache=stage != "bptt"):
+                loss, _ = module(*micro, *shared)
+            loss.backward()
         optimizer_step(optimizers, config.lr)
     return step, config.batch_size * (T // h) * h
 

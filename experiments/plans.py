@@ -290,15 +290,15 @@ BOTH, COST = ("val_rnn_accuracy", "val_rnn_loss"), ("seconds", "tokens", "sequen
 MEMORY = ("val_teacher_loss", "val_drift", "seconds")
 EXPERIMENTS = {
     "headline": Experiment(
-        "What does each method reach in the same time?", 360, 3,
+        "What does each method reach in the same time?", 420, 3,
         partial(against_baselines, {**TEXT, **TASKS}, ("seconds",)),
         (*BOTH, "val_gap_to_floor", "seconds", "lr"), tables.dots("val_rnn_loss", apart=True)),
     "tasks": Experiment(
-        "Does SMT+DMT learn what the baselines learn, in the same time, and from as many tokens?", 300, 2,
+        "Does SMT+DMT learn what the baselines learn, in the same time, and from as many tokens?", 120, 2,
         partial(against_baselines, TASKS, ("seconds", "tokens")),
         (*BOTH, "seconds", "tokens", "max_iters", "lr"), tables.dots("val_rnn_accuracy")),
     "harder": Experiment(
-        "Which method still learns the tasks when they are harder?", 200, 1,
+        "Which method still learns the tasks when they are harder?", 120, 1,
         partial(against_baselines, HARDER, ("seconds",)),
         (*BOTH, "seconds", "max_iters", "lr"), tables.dots("val_rnn_accuracy")),
     "dagger": Experiment(
@@ -308,13 +308,13 @@ EXPERIMENTS = {
         "Does it depend on the kind of RNN?", 60, 1, updaters_runs,
         (*BOTH, "val_drift", "seconds"), tables.dots("val_rnn_loss", apart=True)),
     "ablation": Experiment(
-        "What does each part of SMT and DMT contribute?", 90, 1, ablation_runs,
+        "What does each part of SMT and DMT contribute?", 60, 1, ablation_runs,
         (*BOTH, *MEMORY), tables.dots("val_rnn_loss", "val_drift", apart=True)),
     "encoders": Experiment(
-        "One window for each memory, or many memories from one pass?", 30, 1, encoders_runs,
+        "One window for each memory, or many memories from one pass?", 15, 1, encoders_runs,
         (*BOTH, *MEMORY, "tokens"), tables.curves(["seconds", "tokens"], ["val_rnn_loss"])),
     "length": Experiment(
-        "Does it hold on documents longer than those of training?", 90, 2, length_runs,
+        "Does it hold on documents longer than those of training?", 45, 2, length_runs,
         BOTH, tables.against("val_rnn_accuracy", "val_rnn_loss"), measure_lengths),
     "text": Experiment(
         "What is text worth to each method, for the same time and for the same tokens?", 150, 1,

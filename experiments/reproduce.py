@@ -138,7 +138,7 @@ def finished(runs, root, scale):
 def clear(folder):
     """Delete the folder of a run, and those of the runs that began with its weights."""
     for path in folder.parent.glob("*/config.json"):
-        if json.loads(path.read_text())["init_from"] == str(folder):
+        if json.loads(path.read_text()).get("init_from") == str(folder):
             clear(path.parent)
     shutil.rmtree(folder, ignore_errors=True)
 
