@@ -9,7 +9,7 @@ numbers:
 
     val_rnn_loss, _accuracy      updater and readout alone, rolled out from m_empty: the result; nats
     val_teacher_loss, _accuracy  the encoder, then the decoder's first target
-    val_held_<n>                 the decoder, from the encoder's memory of n tokens before and the tokens since
+    val_held_<n>                 the decoder, from the encoder's memory n tokens before and the tokens since
     val_held_full                the same targets from the whole past, by the causal encoder's trunk: what is
                                  lower here than in val_held_<n> the memory lacks
     val_drift                    squared error of the rolled-out memory against the encoder's, over the

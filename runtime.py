@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib.checkpoints import check_data, load, load_weights, write_atomically
@@ -232,7 +233,7 @@ COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT ha
 
 
 def compile_failure(device):
-    """Why torch.compile does not work here, in one line: it needs a C++ compiler, on CUDA Triton. "" if it works."""
+    """Why torch.compile fails here, in a line, "" if it works: it needs a C++ compiler, on CUDA Triton."""
     torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
     try:
         torch.compile(torch.square)(torch.ones(8, device=device))
@@ -303,7 +304,7 @@ def begin(run, data, networks, optimizers, fixed=()):
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError, AttributeError):
             raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
         run.since, run.first_step = {"step": step, **run.spent}, step
         kept = [line for line in read_log(log)          # the evaluation at this step is made anew
@@ -390,8 +391,9 @@ def distribute(networks, loss, run, parts=()):
         networks[name].compile(dynamic=False)
     if run.world_size > 1:
         ids = [run.device.index] if run.device.type == "cuda" else None
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):      # broadcast_buffers in torch 2.13
-            module = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 renames broadcast_buffers
+            module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
     return torch.compile(module, dynamic=False) if run.compile and not parts else module
 
 

@@ -11,7 +11,7 @@ and decoder are frozen, the readout begins as the decoder. Each iteration
     2. asks the encoder for the memories m_t it should have had, at every `label_stride`-th step (parallel)
     3. trains f on (m_hat_{t-1}, x_t) -> m_t, and g on m_hat_t -> y_t, all pairs at once (parallel)
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -141,7 +141,8 @@ def main():
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be of SMT or DMT")
-    T = datasets.row_length(data, config.seq_len or source["config"]["seq_len"])
+    run.config = config = replace(config, seq_len=config.seq_len or source["config"]["seq_len"])    # for --resume
+    T = datasets.row_length(data, config.seq_len)
     h = min(config.horizon or T, T)
     networks.requires_grad_(False)
     for name in ("updater", "readout"):

@@ -8,6 +8,7 @@ import torch
 
 from lib.cli import DataError, UsageError
 from model import ModelConfig, build
+from sources.bins import check_meta
 
 
 def write_atomically(path, write):
@@ -37,12 +38,15 @@ def load(path, map_location="cpu"):
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         wrong = [name for name, kind in SCHEMA.items() if not isinstance(checkpoint[name], kind)]
-        data, tensors = checkpoint["data"], [checkpoint["initial_memory"], *checkpoint["model"].values()]
+        check_meta(checkpoint["data"])
+        config, spent, tensors = checkpoint["config"], checkpoint["spent"], checkpoint["model"].values()
         valid = {"step": 0 <= checkpoint["step"] < 2**62,
-                 "spent": all(0 <= float(checkpoint["spent"][key]) < 2**63 for key in ("tokens", "seconds")),
-                 "data": data["kind"] in ("text", "image", "synthetic") and isinstance(data["name"], str)
-                         and type(data["vocab_size"]) is int and 2 <= data["vocab_size"] <= 256,
-                 "model": all(w.dtype == torch.float32 and w.isfinite().all() for w in tensors)}
+                 "spent": all(type(spent[key]) in (int, float) and 0 <= spent[key] < 2**63
+                              for key in ("tokens", "seconds")),
+                 "config": type(config["seq_len"]) is int and config["seq_len"] >= 0
+                           and all(isinstance(config[key], str) for key in ("dataset", "init_from")),
+                 "model": all(w.dtype == torch.float32 and w.isfinite().all()
+                              for w in (checkpoint["initial_memory"], *tensors))}
         wrong += [name for name, is_valid in valid.items() if not is_valid]
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
         raise DataError(f"{path} is not a checkpoint, or damaged ({type(error).__name__})") from None
@@ -61,6 +65,8 @@ def restore(checkpoint, device="cpu"):
     weights = {key: w for key, w in checkpoint["model"].items() if "." in key}
     names = dict.fromkeys(key.split(".")[0] for key in weights)
     try:
+        if not {"updater", "readout"} <= names.keys():
+            raise ValueError("it has no updater or no readout")
         config, vocab_size = ModelConfig(**checkpoint["model_config"]), checkpoint["data"]["vocab_size"]
         if max(config.updater_layers, config.encoder_layers, config.decoder_layers) > len(weights) + 8 \
                 or max(config.context_len, config.future_len) > 2**20:

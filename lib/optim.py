@@ -22,23 +22,28 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            lr, mu, alike = group["lr"], group["momentum"], {}
             for p in (p for p in group["params"] if p.grad is not None):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.type_as(p), alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                momentum.lerp_(p.grad, 1 - mu)
+                alike.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, mu)))
+            for shape, pairs in alike.items():              # matrices of one size in one call: many are small
+                steps = orthogonalise(torch.stack([step for _, step in pairs]))
+                for (p, _), step in zip(pairs, steps):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(step.type_as(p), alpha=-0.2 * max(shape) ** 0.5 * lr)
 
 
-def orthogonalise(matrix, steps=5):
-    """About U V^T of a matrix U S V^T (n, m), by the quintic Newton-Schulz iteration."""
-    x = matrix.to(torch.bfloat16 if matrix.device.type == "cuda" else torch.float32)
-    x = x.T if len(x) > x.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+def orthogonalise(matrices, steps=5):
+    """About U V^T of each matrix U S V^T, (n, rows, columns), by the quintic Newton-Schulz iteration."""
+    x = matrices.to(torch.bfloat16 if matrices.device.type == "cuda" else torch.float32)
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+    return x if wide else x.mT
 
 
 def make_optimizers(networks, config):

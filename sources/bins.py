@@ -5,17 +5,18 @@ import torch
 from sources import tasks
 
 SCAN = 1 << 24       # tokens looked at together when a whole bin is scanned
-META = dict(name=str, kind=str, vocab_size=int, first_token=(int, type(None)), longest_document=int, counts=dict,
-            fingerprint=str)
+META = dict(name=str, kind=str, vocab_size=int, first_token=(int, type(None)), longest_document=int,
+            counts=dict, fingerprint=str)
 
 
 def check_meta(meta):
     """ValueError, TypeError, KeyError or AttributeError unless a meta.json has what loading, sampling and
     evaluating need."""
-    wrong = [key for key, kinds in META.items() if not isinstance(meta[key], kinds) or isinstance(meta[key], bool)]
+    wrong = [key for key, kind in META.items() if not isinstance(meta[key], kind) or isinstance(meta[key], bool)]
     kind, V, first, longest = (meta[key] for key in ("kind", "vocab_size", "first_token", "longest_document"))
     counts = [meta["counts"][split][what] for split in ("train", "val") for what in ("tokens", "documents")]
-    valid = {"vocab_size": 2 <= V <= 256, "first_token": kind == "synthetic" if first is None else 0 <= first < V,
+    valid = {"vocab_size": 2 <= V <= 256,
+             "first_token": kind == "synthetic" if first is None else 0 <= first < V,
              "kind": kind in ("text", "image", "synthetic"),
              "counts": all(type(n) is int and 0 < n < 2**48 for n in counts),
              "longest_document": 0 < longest <= max(counts[0], counts[2])}
@@ -25,7 +26,8 @@ def check_meta(meta):
         valid["alphabet"] = all(type(i) is int and 0 <= i < 256 for i in meta["alphabet"])
     else:
         height, width, patch = (meta["image"][key] for key in ("height", "width", "patch"))
-        valid["image"] = patch in (1, 2) and height * width == longest * patch**2 and height % patch == width % patch == 0
+        fits = height * width == longest * patch**2 and height % patch == width % patch == 0
+        valid["image"] = patch in (1, 2) and fits
     if "statistics" in meta:
         valid["statistics"] = type(meta["statistics"]["entropy_per_character"]) is float
     wrong += [key for key, is_valid in valid.items() if not is_valid]
@@ -34,8 +36,9 @@ def check_meta(meta):
 
 
 def load_split(folder, meta, split):
-    """tokens (N,) uint8, targets (N,) uint8 or None, starts (D,) int64 of a split. ValueError: what is wrong with it."""
-    n_tokens, n_documents, V = (*(meta["counts"][split][what] for what in ("tokens", "documents")), meta["vocab_size"])
+    """tokens (N,) uint8, targets (N,) uint8 or None, starts (D,) int64 of a split. ValueError if it is damaged."""
+    n_tokens, n_documents = (meta["counts"][split][what] for what in ("tokens", "documents"))
+    V = meta["vocab_size"]
     tokens = map_bin(folder / f"{split}.bin", n_tokens)
     targets = map_bin(folder / f"{split}_targets.bin", n_tokens) if meta["kind"] == "synthetic" else None
     starts = np.load(folder / f"{split}_starts.npy", allow_pickle=False).astype(np.int64)
@@ -48,7 +51,8 @@ def load_split(folder, meta, split):
             wrong = [i for i in np.flatnonzero(histogram(array)) if i >= V and i not in allowed]
             if wrong:
                 raise ValueError(f"{split} holds the token {wrong[0]}, outside the vocabulary of {V}")
-    return tuple(None if array is None else torch.from_numpy(array) for array in (tokens, targets, starts))
+    arrays = tokens, targets, starts
+    return tuple(None if array is None else torch.from_numpy(array) for array in arrays)
 
 
 def map_bin(path, n_tokens):

@@ -99,7 +99,7 @@ def fetch(file, mirrors, folder):
             reason = getattr(error, "reason", error)                 # URLError wraps the OSError that says it
             failures.append(f"{urlsplit(mirror).netloc}: {getattr(reason, 'strerror', None) or reason}")
     if not path.exists():
-        raise DataError(f"cannot download {file} ({'; '.join(failures)}): try again, it goes on from where it "
+        raise DataError(f"cannot download {file} ({'; '.join(failures)}): try again, which goes on where this "
                         "stopped, or get it in another way and pass --source=FOLDER")
     return path
 

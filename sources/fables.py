@@ -2,18 +2,18 @@
 known too.
 
     python data.py --dataset=fables                        # prepare the data set that training uses
-    python -c "import fables; print(fables.examples(3))"   # read a few stories
-    python -c "import fables; print(fables.statistics())"  # the floor: nats per character that no model can beat
+    python -c "from sources import fables; print(fables.examples(3))"   # read a few stories
+    python -c "from sources import fables; print(fables.statistics())"  # the floor: nats that no model can beat
 
 A grammar maps names to choices. A choice is {text: weight}, or Given(another choice, {its text: {text:
 weight}}). A text may mention choices as {name}: the first mention in a story draws the choice, every later
 one repeats it. That is all, and it makes stories that have to be remembered: the hero drawn in the first
 sentence comes back in the last.
 
-Two rules, which tests/test_fables.py checks for the whole grammar, make the probability of a story exact and easy:
+Two rules, which the tests check for the whole grammar, make the probability of a story exact and easy:
   1. every choice between several texts is mentioned in every story, and drawn after the choice it depends on;
   2. wherever a choice is drawn, its texts differ before any of them ends or draws a further choice.
-So a story can be read from left to right without ever going back, its choices are certain, and its log-probability is
+A story is read from left to right without ever going back, its choices are certain, its log-probability is
 the sum of theirs.
 """
 import functools
@@ -48,8 +48,8 @@ def pronoun(girl, boy):
     return Given("hero", {**{name: {girl: 1} for name in GIRLS}, **{name: {boy: 1} for name in BOYS}})
 
 
-USES = dict(kite="fly", ball="throw", drum="beat", boat="sail", bell="ring", hat="wear", lamp="light", book="read", flute="play",
-            scarf="wear", sled="ride", ring="wear")
+USES = dict(kite="fly", ball="throw", drum="beat", boat="sail", bell="ring", hat="wear", lamp="light",
+            book="read", flute="play", scarf="wear", sled="ride", ring="wear")
 
 GRAMMAR = {
     "story": {"{opening} {trouble} {rescue} {ending}": 1},
@@ -69,8 +69,8 @@ GRAMMAR = {
                 "One night little {hero} dropped {his} {colour} {thing} {spot}.": 3,
                 "But little {hero} let {his} {colour} {thing} fall {spot}.": 3},
     "colour": {"red": 6, "blue": 5, "green": 4, "white": 3, "gold": 2, "pink": 2},
-    "thing": {"kite": 6, "ball": 6, "drum": 5, "boat": 5, "bell": 4, "hat": 4, "lamp": 4, "book": 3, "flute": 3,
-              "scarf": 3, "sled": 2, "ring": 2},
+    "thing": {"kite": 6, "ball": 6, "drum": 5, "boat": 5, "bell": 4, "hat": 4, "lamp": 4, "book": 3,
+              "flute": 3, "scarf": 3, "sled": 2, "ring": 2},
     "use": follows("thing", **USES),
     "spot": {"in the river": 5, "down a well": 4, "into a hole": 4, "over a wall": 3, "under a rock": 3,
              "in the mud": 2},
@@ -213,13 +213,14 @@ def facts(story):
     return {name: known[name] for name in FACTS}
 
 
-# Of each fact that comes back in the last sentence: the sentence that tells it, what it looks like there, and in the last one.
+# Of each fact that comes back: the sentence that tells it, what it looks like there, and in the last sentence.
 HOME = r"\b((?:by|in|on|near|at) the \w+)"
+COLOURS, VERBS = "|".join(GRAMMAR["colour"]), "|".join(dict.fromkeys([*USES.values(), "kept"]))
 RETURNING = {
     "hero": (0, r"\blittle ([A-Z]\w*)", r"\blittle ([A-Z]\w*)"),
-    "animal": (0, rf"\b({'|'.join(ANIMALS)})\b", r"\bIn the (\w+)"),        # the last sentence names the animal's den
+    "animal": (0, rf"\b({'|'.join(ANIMALS)})\b", r"\bIn the (\w+)"),       # the last sentence names its den
     "friend": (2, r"\bold ([A-Z]\w*)", r"\bold ([A-Z]\w*)"),
-    "thing": (1, rf"\b(?:{'|'.join(GRAMMAR['colour'])}) (\w+)", rf"\b(?:{'|'.join(dict.fromkeys([*USES.values(), 'kept']))}) the (\w+)"),
+    "thing": (1, rf"\b(?:{COLOURS}) (\w+)", rf"\b(?:{VERBS}) the (\w+)"),
     "home": (0, HOME, HOME),
 }
 
@@ -236,7 +237,8 @@ def returns(story):
     found = {}
     for fact, (i, first_pattern, pattern) in RETURNING.items():
         if back := re.search(pattern, last):
-            told = sum(len(sentence) + 1 for sentence in before[:i]) + re.search(first_pattern, before[i]).end(1)
+            start = sum(len(sentence) + 1 for sentence in before[:i])
+            told = start + re.search(first_pattern, before[i]).end(1)
             found[fact] = told, *(len(story) - len(last) + place for place in back.span(1))
     return found
 
@@ -291,7 +293,7 @@ def statistics(grammar=GRAMMAR, facts=FACTS):
     """What no model can beat, and what memory is worth. Exact, from the grammar alone. All in nats and
     characters.
 
-    entropy_per_character  entropy_per_story / mean_length: the lowest possible loss, the end token's prediction included
+    entropy_per_character  entropy_per_story / mean_length: the lowest possible loss, the end token's included
     entropy_per_story      the sum of the entropies of the choices
     mean_length            characters of a story + 1 for its end
     fact_share             the part of the entropy that is spent on the choices that come back, `facts`
@@ -305,7 +307,9 @@ def statistics(grammar=GRAMMAR, facts=FACTS):
         for p, now in outcomes(grammar, name, {}):
             table[now[name]] = table.get(now[name], 0.0) + p
     mean_length = 1 + expected(grammar, lambda _, text: sum(len(literal) for literal, _ in pieces(text)))
-    mentions = expected(grammar, lambda name, text: -math.log(frequency[name][text]) if name in facts else 0.0)
+    def cost(name, text):
+        return -math.log(frequency[name][text]) if name in facts else 0.0
+    mentions = expected(grammar, cost)
     first_mentions = sum(-p * math.log(p) for table in frequency.values() for p in table.values())
     per_story = sum(entropy.values())
     return {"entropy_per_character": per_story / mean_length,

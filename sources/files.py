@@ -14,7 +14,7 @@ CHUNK = 1 << 20          # bytes read at once
 
 
 def chunks(path, packed=None, size=CHUNK):
-    """The content of a file in parts of `size` bytes; packed: whether it is gzipped, unset: as its name says."""
+    """The content of a file in parts of `size` bytes; packed: whether gzipped, unset: as its name says."""
     packed = Path(path).suffix == ".gz" if packed is None else packed
     try:
         with gzip.open(path) if packed else open(path, "rb") as file:
@@ -43,7 +43,7 @@ def describe(paths):
 
 
 def write_split(folder, split, pieces):
-    """Write one split from pieces as they come: (tokens uint8 (n,) or bytes, where in the piece documents begin)."""
+    """Write a split from pieces as they come: (tokens uint8 (n,) or bytes, where in them documents begin)."""
     starts, n_tokens = array("Q"), 0
     with open(folder / f"{split}.bin", "wb") as file:
         for tokens, piece_starts in pieces:

@@ -12,7 +12,7 @@ from lib.cli import DataError, UsageError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 SIDE = 64                # of a sketch, in pixels
-LIGHT = 200              # light is from this grey on, so that a thin stroke that the resizing made faint stays dark
+LIGHT = 200              # light is from this grey on: a thin stroke that resizing made faint stays dark
 MOST_SIDE, MOST_PIXELS = 20_000, 50_000_000     # of a picture file: more are not decoded
 WORKING_SIDE = 1024      # a larger picture is made smaller before it becomes a square
 
@@ -70,8 +70,8 @@ def open_picture(path):
             picture = ImageOps.exif_transpose(file)
             if picture.mode == "F" or picture.mode.startswith("I"):         # 16 bits or more a pixel: to 8
                 levels = np.asarray(picture, np.float64)
-                deepest = 1.0 if picture.mode == "F" and levels.max() <= 1 else 255 if levels.max() <= 255 else 65535
-                picture = Image.fromarray((levels / deepest * 255).clip(0, 255).astype(np.uint8))
+                white = next((top for top in (1.0, 255.0) if levels.max() <= top), 65535.0)
+                picture = Image.fromarray((levels / white * 255).clip(0, 255).astype(np.uint8))
             return picture.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as a picture: {error}") from None
@@ -128,7 +128,8 @@ def read_picture(path, meta):
     height, width = meta["image"]["height"], meta["image"]["width"]
     image = read_sketch(path) if meta["name"] == "sketchy" else read_grey(path)
     if image.shape != (height, width):
-        raise UsageError(f"{path} has {image.shape[0]} x {image.shape[1]} pixels, {meta['name']} {height} x {width}")
+        size = " x ".join(map(str, image.shape))
+        raise UsageError(f"{path} has {size} pixels, a picture of {meta['name']} {height} x {width}")
     return image_to_tokens(image, meta)
 
 

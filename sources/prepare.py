@@ -26,7 +26,7 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_
             **options):
     """Make the data set data_dir/name, whole or not at all, and print what is in it.
 
-    source: file or folder with the original files; unset: they are downloaded. options: of the generated task.
+    source: file or folder with the original files; unset: they are downloaded. options: of the task.
     A data set that is there is replaced once the new one is complete; with anew=False it is left as it is.
     """
     options = check_request(name, source, seed, train_tokens, val_tokens, options)
@@ -35,7 +35,7 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_
     try:
         with locked(folder, old):
             if folder.exists() and not (folder / "meta.json").is_file():
-                raise DataError(f"{folder} exists and is not a data set: move it, or choose another --data_dir")
+                raise DataError(f"{folder} is not a data set: move it, or choose another --data_dir")
             if folder.exists() and not anew:
                 return
             shutil.rmtree(made, ignore_errors=True)         # of a process that was killed
@@ -55,7 +55,7 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_
             finally:
                 shutil.rmtree(made, ignore_errors=True)
     except MemoryError:
-        raise DataError(f"cannot make {folder}: generated data must fit into memory; take fewer tokens") from None
+        raise DataError(f"cannot make {folder}: generated data must fit into memory") from None
     except OSError as error:
         raise DataError(f"cannot make {folder}: {error.filename or ''} {error.strerror or error}") from None
     print(summary(meta, folder))
@@ -63,8 +63,7 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_
 
 @contextmanager
 def locked(folder, old):
-    """Inside, no other process prepares this data set. On entering, what a killed process had moved to `old` is
-    put back."""
+    """Inside, no other process prepares this data set. What a killed one had moved to `old` is put back."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -101,7 +100,7 @@ def check_request(name, source, seed, train_tokens, val_tokens, options):
             low, _, high = options["length"].partition("-")
             options["length"] = int(low), int(high or low)
         except ValueError:
-            raise UsageError(f"--length is one number or two, like 32 or 8-64, not {options['length']!r}") from None
+            raise UsageError(f"--length is like 32 or 8-64, not {options['length']!r}") from None
     return options
 
 
@@ -110,7 +109,8 @@ def write_generated(folder, name, seed, n_tokens, options):
     for stream, split in enumerate(("train", "val")):
         rng = philox(seed, stream, "generate")
         if name == "fables":
-            (tokens, starts), targets, vocab_size = fables.generate(rng, n_tokens[stream]), None, fables.VOCAB_SIZE
+            tokens, starts = fables.generate(rng, n_tokens[stream])
+            targets, vocab_size = None, fables.VOCAB_SIZE
         else:
             tokens, targets, starts, vocab_size = tasks.TASKS[name](rng, n_tokens[stream], **options)
         write_split(folder, split, [(tokens, starts)])
@@ -130,7 +130,7 @@ def finish(folder, meta):
     for split in ("train", "val"):
         starts = np.load(folder / f"{split}_starts.npy").astype(np.int64)
         if not len(starts):
-            raise DataError(f"there is nothing in the {split} split of {meta['name']}: its source holds no document")
+            raise DataError(f"the {split} split of {meta['name']} is empty: its source holds no document")
         tokens = np.memmap(folder / f"{split}.bin", np.uint8, mode="r")
         seen += histogram(tokens)
         lengths = np.diff(starts, append=documents_end(len(tokens), meta))
@@ -152,13 +152,14 @@ def finish(folder, meta):
 def summary(meta, folder):
     """A table of what a data set holds."""
     in_use = f" ({len(meta['alphabet'])} in use)" if "alphabet" in meta else ""
-    lines = [f"{folder}: vocabulary {meta['vocab_size']}{in_use}, longest document {meta['longest_document']:,} tokens",
+    vocabulary = f"vocabulary {meta['vocab_size']}{in_use}"
+    lines = [f"{folder}: {vocabulary}, longest document {meta['longest_document']:,} tokens",
              f"{'split':<6}{'tokens':>16}{'documents':>14}{'bytes':>16}"]
     for split, count in meta["counts"].items():
         lines.append(f"{split:<6}{count['tokens']:>16,}{count['documents']:>14,}{count['bytes']:>16,}")
     if "statistics" in meta:
         known = meta["statistics"]
-        lines += [f"entropy {known['entropy_per_character']:.4f} nats per character: the loss that no model can beat",
+        lines += [f"entropy {known['entropy_per_character']:.4f} nats per character: no model can beat this loss",
                   f"{known['fact_share']:.1%} of it are facts that come back later; to forget them costs "
                   f"{known['forgetting_cost']:.4f} nats per character more"]
     return "\n".join(lines)

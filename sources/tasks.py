@@ -106,17 +106,18 @@ def keyvalue(rng, n_tokens, *, symbols=8, keys=4, key_length=2, value_length=2):
         check(value >= 1, f"{name} must be at least 1, not {value}")
     check(key_length * math.log2(symbols) < 62, f"keys of {key_length} symbols out of {symbols} are too long")
     n_possible = symbols ** key_length
-    check(keys <= n_possible, f"there are only {n_possible} keys of {key_length} symbols out of {symbols}, not {keys}")
-    tokens_each = (keys + 1) * (key_length + value_length)  # a marker more; the last symbol of the answer less
+    check(keys <= n_possible, f"only {n_possible} keys of {key_length} symbols out of {symbols} exist, not {keys}")
+    tokens_each = (keys + 1) * (key_length + value_length)  # a marker more, the answer's last symbol less
     size = draw_sizes(rng, n_tokens, (tokens_each, tokens_each), shortest=tokens_each)
 
-    key = np.zeros((len(size), keys), np.int64)  # as numbers; Floyd's sampling draws distinct ones without a retry
+    key = np.zeros((len(size), keys), np.int64)  # as numbers; Floyd's sampling draws distinct ones
     for i, last in enumerate(range(n_possible - keys, n_possible)):
         drawn = rng.integers(last + 1, size=len(size))
         key[:, i] = np.where((key[:, :i] == drawn[:, None]).any(1), last, drawn)
     key = rng.permuted(key, axis=1)
-    key = (key[:, :, None] // symbols ** np.arange(key_length) % symbols).astype(np.uint8)       # (D, keys, key_length)
-    value = rng.integers(symbols, size=(len(size), keys, value_length), dtype=np.uint8)          # (D, keys, value_length)
+    key = key[:, :, None] // symbols ** np.arange(key_length) % symbols                     # (D, keys, key_length)
+    value = rng.integers(symbols, size=(len(size), keys, value_length), dtype=np.uint8)
+    key = key.astype(np.uint8)
     pairs = np.concatenate([key, value], 2).reshape(len(size), -1)
     asked = rng.integers(keys, size=len(size))
     asked_key, asked_value = (part[np.arange(len(size)), asked] for part in (key, value))
@@ -149,7 +150,8 @@ def modular(rng, n_tokens, *, length=(16, 16), modulus=7):
         determined[:, i] = seen[documents, a[:, i]] | (seen.sum(1) >= 2)
         seen[documents, a[:, i]] = True
     x = np.stack([a, results], 2).reshape(len(pairs), -1)
-    y = np.stack([np.where(determined, results, NO_TARGET), np.full_like(a, NO_TARGET)], 2).reshape(len(pairs), -1)
+    y = np.stack([np.where(determined, results, NO_TARGET), np.full_like(a, NO_TARGET)], 2)
+    y = y.reshape(len(pairs), -1)
     return *pack(x, y, 2 * pairs), modulus
 
 
@@ -159,9 +161,10 @@ MARKERS = {"retrieval": "?", "copy": "|", "stack": "^", "keyvalue": "?", "modula
 
 
 def to_text(name, tokens, meta):
-    """A line to read: symbols as letters and the marker as a sign; numbers where the alphabet does not reach."""
+    """A line to read: symbols as letters, the marker as a sign; numbers where the letters do not suffice."""
     n_symbols = meta["vocab_size"] - len(MARKERS[name])
-    letters = string.ascii_letters if name != "modular" and n_symbols <= len(string.ascii_letters) else range(n_symbols)
+    as_letters = name != "modular" and n_symbols <= len(string.ascii_letters)
+    letters = string.ascii_letters if as_letters else range(n_symbols)
     signs = [str(letter) for letter in letters[:n_symbols]] + list(MARKERS[name])
     return " ".join(signs[token] for token in tokens)
 
@@ -176,7 +179,8 @@ def check(condition, message):
 
 def check_symbols(symbols, markers=1):
     """UsageError unless so many symbols, and a task's markers, fit into a byte beside NO_TARGET."""
-    check(2 <= symbols <= NO_TARGET - markers, f"a task has 2 to {NO_TARGET - markers} symbols, not {symbols}")
+    most = NO_TARGET - markers
+    check(2 <= symbols <= most, f"a task has 2 to {most} symbols, not {symbols}")
 
 
 def draw_sizes(rng, n_tokens, length, shortest, tokens=lambda length: length):

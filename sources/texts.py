@@ -13,13 +13,13 @@ from lib.cli import DataError
 from sources.files import CHUNK, bar, chunks
 
 LONGEST_STORY = 1 << 26  # characters: beyond, the file is not one of stories
-FEW = 64                 # documents: where a text has fewer paragraphs, its lines or even cuts are its documents
+FEW = 64                 # documents: a text with fewer paragraphs is cut at its lines, or evenly
 
 # The byte-order marks that a text may begin with; that of UTF-32 begins with that of UTF-16
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
-# What TinyStories writes beyond ASCII, also where UTF-8 was once taken for Windows-1252, and what is read instead
+# What TinyStories writes beyond ASCII, also where UTF-8 was once taken for Windows-1252, and how it is read
 PLAIN = {"‘": "'", "’": "'", "‚": "'", "“": '"', "”": '"', "„": '"', "–": "-", "—": "-", "…": "...",
          "\u00a0": " ", "\t": " "}
 GARBLED = {c.encode().decode("cp1252", "ignore"): plain for c, plain in PLAIN.items() if c > "\u2000"}
@@ -51,19 +51,20 @@ def stories(path):
             dropped.update(re.sub(r"[\0\n -~]", "", text))
         found = [story for story in map(bytes.strip, plain.split(b"\0")) if story]
         n_stories += len(found)
-        yield b"".join(b"\0" + story for story in found), np.cumsum([0] + [len(story) + 1 for story in found])[:-1]
+        starts = np.cumsum([0] + [len(story) + 1 for story in found])[:-1]
+        yield b"".join(b"\0" + story for story in found), starts
     yield b"\0", []
     n_dropped = sum(dropped.values())
     line = f"{path.name}: {n_stories:,} stories"
     if n_dropped:
         often = " ".join(repr(character)[1:-1] for character, _ in dropped.most_common(5))
-        line += (f"; {n_dropped:,} of {n_characters:,} characters ({n_dropped / n_characters:.2%}) that are not "
-                 f"ASCII are dropped, most often {often}")
+        line += (f"; of {n_characters:,} characters {n_dropped:,} ({n_dropped / n_characters:.2%}) are not ASCII "
+                 f"and are dropped, most often {often}")
     print(line)
 
 
 def split_stories(path):
-    """The texts between the separators of a file, their lines ended by a plain newline: lists, as they are read."""
+    """The texts between a file's separators, with plain newlines: lists, as they are read."""
     encoding = encoding_of(path)
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)("replace"), translate=True)
     rest, separator = "", None
@@ -72,12 +73,13 @@ def split_stories(path):
             rest += decoder.decode(chunk)
             if "\0" in rest:
                 raise DataError(f"{path} is not a text in {encoding}: it holds a character 0")
-            separator = separator or re.compile(r"<\|endoftext\|>" if "<|endoftext|>" in rest else r"\n[ \t]*\n")
+            if separator is None:
+                separator = re.compile(r"<\|endoftext\|>" if "<|endoftext|>" in rest else r"\n[ \t]*\n")
             *whole, rest = separator.split(rest)
             if whole:
                 yield whole
             if len(rest) > LONGEST_STORY:
-                raise DataError(f"{path}: {len(rest):,} characters without an end of story ({separator.pattern})")
+                raise DataError(f"{path}: {len(rest):,} characters without an end of story")
             progress.update(len(chunk))
     yield [rest + decoder.decode(b"", final=True)]
 
@@ -103,7 +105,8 @@ def write_text(folder, source):
     if not path.is_file():
         raise DataError(f"{source} is not a file: --source of text is one text file, plain or .gz")
     train, val, n_foreign = folder / "train.bin", folder / "val.bin", 0
-    with open(train, "wb") as out, bar(path.name, None if path.suffix == ".gz" else path.stat().st_size) as progress:
+    total = None if path.suffix == ".gz" else path.stat().st_size
+    with open(train, "wb") as out, bar(path.name, total) as progress:
         out.write(b"\n")                           # each split begins with a separator
         for chunk in text_bytes(path):
             if b"\0" in chunk:
@@ -115,7 +118,7 @@ def write_text(folder, source):
     if size < 3:
         raise DataError(f"{source} is empty: there is nothing to learn from")
     with open(train, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        cut = text.rfind(b"\n", size // 2, size * 9 // 10) + 1 or size * 9 // 10    # after a line, if there is one
+        cut = text.rfind(b"\n", size // 2, size * 9 // 10) + 1 or size * 9 // 10    # after a line, if possible
         with open(val, "wb") as out:
             out.write(b"\n")
             for i in range(cut, size, CHUNK):
@@ -125,12 +128,13 @@ def write_text(folder, source):
         starts, kind = documents(split)
         np.save(split.with_name(f"{split.stem}_starts.npy"), starts)
         print(f"{path.name}, {split.stem}: {len(starts):,} {kind}")
-    print(f"{path.name}: {n_foreign:,} of {size - 1:,} bytes are not ASCII ({n_foreign / size:.2%}); they are kept")
+    share = n_foreign / (size - 1)
+    print(f"{path.name}: {n_foreign:,} of {size - 1:,} bytes ({share:.2%}) are not ASCII; they are kept")
     return path
 
 
 def text_bytes(path):
-    """The bytes of a text file in parts, in UTF-8 if it begins with a byte-order mark. DataError if that lies."""
+    """The bytes of a text file in parts, in UTF-8 if it has a byte-order mark. DataError if that lies."""
     encoding = encoding_of(path)
     if encoding == "utf-8":
         yield from chunks(path)
@@ -158,14 +162,14 @@ def documents(path):
 
 
 def newlines(path, after_blank):
-    """0, and every newline before a line with text, uint64; after_blank: only those that follow a blank line."""
+    """0, and every newline before a line with text, uint64; after_blank: only those after a blank line."""
     found, before = [np.zeros(1, np.int64)], b"\x01\x01"                # two bytes of the past
     for i, chunk in enumerate(chunks(path, packed=False)):
-        text = np.frombuffer(before + chunk, np.uint8)                  # the last byte waits for the next chunk
+        text = np.frombuffer(before + chunk, np.uint8)          # the last byte waits for the next chunk
         last2, last, here, following = text[:-3], text[1:-2], text[2:-1], text[3:]
         at = (here == 10) & (following != 10) & (following != 13)
         if after_blank:
-            at &= (last == 10) | ((last == 13) & (last2 == 10))         # the line that ends here is empty, or a \r
+            at &= (last == 10) | ((last == 13) & (last2 == 10))     # the line that ends here is blank
         found.append(np.flatnonzero(at) + i * CHUNK + 2 - len(before))
         before = (before + chunk)[-3:]
     return np.unique(np.concatenate(found)).astype(np.uint64)
