@@ -141,7 +141,8 @@ def main():
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be of SMT or DMT")
-    run.config = config = replace(config, seq_len=config.seq_len or source["config"]["seq_len"])    # for --resume
+    config = replace(config, seq_len=config.seq_len or source["config"]["seq_len"])
+    run.config = config                                 # what is saved: --resume finds the length there
     T = datasets.row_length(data, config.seq_len)
     h = min(config.horizon or T, T)
     networks.requires_grad_(False)

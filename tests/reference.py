@@ -101,9 +101,8 @@ def reference_updater(updater, memory, x):
     """The memory (K, d) after memory (K, d) and one token."""
     token, state, (K, d) = updater.embed.weight[x], memory.flatten(), memory.shape
     if updater.kind == "gru":
-        cell = updater.cell
-        r, z, n = (cell.weight_ih @ token + cell.bias_ih).chunk(3)
-        hr, hz, hn = (cell.weight_hh @ state + cell.bias_hh).chunk(3)
+        r, z, n = (updater.input.weight @ token + updater.input.bias).chunk(3)
+        hr, hz, hn = (updater.hidden.weight @ state + updater.hidden.bias).chunk(3)
         z, n = torch.sigmoid(z + hz), torch.tanh(n + torch.sigmoid(r + hr) * hn)
         return rms_norm(((1 - z) * n + z * state).view(K, d))
     if updater.kind == "transformer":

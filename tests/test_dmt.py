@@ -148,6 +148,16 @@ def test_the_loss_gets_the_tokens_and_targets_of_the_labelled_steps_of_each_roll
         assert length == h and len(labelled) == (4 if "--label_stride=2" in flags else h)
 
 
+def test_a_run_on_text_with_rows_as_long_as_in_smt_is_resumed(tmp_path, data_dir, smt_run):
+    """The length of its rows is in the checkpoint of SMT alone at first."""
+    for steps in (2, 4):
+        after = run(tmp_path / "run", data_dir, smt_run("fables"), "--dataset=fables", "--resume=auto",
+                    f"--max_iters={steps}")
+        assert after["step"] == steps and after["config"]["seq_len"] == 8
+    more = run(tmp_path / "more", data_dir, tmp_path / "run", "--dataset=fables")
+    assert more["spent"]["tokens"] == after["spent"]["tokens"] == 4 * 16 * 8
+
+
 def test_labels_need_an_encoder(tmp_path, data_dir):
     where = [*QUICK, "--dataset=retrieval", f"--data_dir={data_dir}"]
     trained(train_bptt, *where, *BPTT_SIZES, f"--out_dir={tmp_path / 'bptt'}")

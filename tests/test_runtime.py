@@ -41,14 +41,14 @@ def test_learning_rate_warms_up_stays_and_decays_to_a_tenth(monkeypatch):
 
 MATRICES = {                # by the end of their names; what has another end is not decayed
     "hidden": ("qkv.weight", "out.weight", "up.weight", "down.weight", "mix.weight", "present.weight",
-               "layers.0.1.weight", "layers.0.3.weight"),
-    "others": ("head.weight", "gate.weight", "cell.weight_ih", "cell.weight_hh", "registers",
-               "initial_memory")}
+               "layers.0.1.weight", "layers.0.3.weight", "updater.input.weight", "updater.hidden.weight"),
+    "others": ("head.weight", "gate.weight", "registers", "initial_memory")}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("sizes", [dict(encoder="causal", updater="mlp", conv_width=2), {}, dict(updater="gru")],
-                         ids=["causal-mlp", "window-transformer", "window-gru"])
+@pytest.mark.parametrize("sizes", [
+    dict(encoder="causal", updater="mlp", conv_width=2), {}, dict(updater="gru")],
+    ids=["causal-mlp", "window-transformer", "window-gru"])
 def test_muon_gets_the_hidden_matrices_adamw_the_rest_and_all_are_decayed_but_embeddings(
         monkeypatch, sizes, optimizer):
     monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.5)
@@ -307,7 +307,8 @@ def started(program, arguments):
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_process_that_is_told_to_stop_saves_says_so_and_has_its_status(tmp_path, arguments, number, status):
     process = started(["train_smt.py"], [*arguments, "--max_iters=1000000"])
     for line in process.stdout:
@@ -385,7 +386,7 @@ def test_without_graphs_a_captured_function_is_the_function_without_gradients():
 
 
 def test_a_graph_is_captured_once_for_each_module_and_shape_and_its_result_stays(monkeypatch):
-    """With a graph that calls the function again on the tensors it was captured with, as a CUDA graph does."""
+    """With a graph that calls the function again on the tensors of its capture, as a CUDA graph does."""
     captures = []
 
     def capture(function, module, tensors):
