@@ -163,7 +163,7 @@ def main():
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
     networks = model.build(config, data.vocab_size).to(run.device)
-    optimizers = make_optimizers(networks, config)
+    optimizers = make_optimizers(networks, config, widest=256)
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
     first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
     trunk_end = 0 if config.init_from else config.trunk_iters
