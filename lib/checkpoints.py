@@ -86,7 +86,8 @@ def restore(checkpoint, device="cpu"):
 def find_checkpoint(ckpt, dataset):
     """The given checkpoint, or the one of the data set's most finished run."""
     runs = [Path(f"runs/{dataset}-{stage}") for stage in ("dmt", "smt", "bptt")]
-    return Path(ckpt or next((run for run in runs if (run / "ckpt.pt").exists()), runs[0]))
+    found = next((run for run in runs if (run / "ckpt.pt").exists()), runs[0])
+    return Path(ckpt).expanduser() if ckpt else found       # each of several in --ckpt=~/a,~/b
 
 
 def fields_of(cls, config):

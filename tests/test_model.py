@@ -313,7 +313,7 @@ def test_a_short_past_is_the_same_as_a_past_with_pad_before_it(conv_width):
 
 @pytest.mark.parametrize("conv_width", [1, 3])
 def test_decoder_never_sees_the_token_it_predicts(conv_width):
-    """The output at place i predicts y_{t+i} = x_{t+i+1}, which is input i: it may see inputs before i only."""
+    """The output at place i predicts y_{t+i} = x_{t+i+1}, which is input i: it may see inputs before i."""
     decoder = randomise(Decoder(config(future_len=6, conv_width=conv_width), V))
     memory, x = memories(1), tokens(1, 5)
     before = decoder(memory, x)[0]

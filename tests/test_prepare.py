@@ -156,7 +156,7 @@ def test_text_keeps_every_byte_and_begins_documents_at_paragraphs(tmp_path, monk
 
 def test_text_with_windows_lines_has_paragraphs_too(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "FEW", 2)
-    some, train, _ = text_of(tmp_path, b"one\r\nmore\r\n\r\ntwo\r\n\r\n\r\nthree, which is in the other split")
+    some, train, _ = text_of(tmp_path, b"one\r\nmore\r\n\r\ntwo\r\n\r\n\r\nthree, which is held out")
     assert train[some.train.starts[1]:][:4] == b"\ntwo" and len(some.train.starts) == 3
 
 
