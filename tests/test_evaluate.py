@@ -59,7 +59,7 @@ def reference(networks, empty, x, y):
 
 
 def reference_held(networks, x, y):
-    """The decoder from the memory of n tokens earlier and the tokens since, at the same targets; the trunk."""
+    """The decoder from the memory of n tokens earlier and the tokens since, for the same targets; trunk."""
     losses, distances = {}, [0, 2]
     for row in range(len(x)):
         for t in [t for t in range(1, x.shape[1]) if (y[:, t] != IGNORE).any()]:
