@@ -523,7 +523,7 @@ def draw_compute(_, series, colours, meta):
         if "statistics" in meta:
             floor = meta["statistics"]["entropy_per_character"]
             axis.axhline(floor, color="grey", linewidth=0.8, label="entropy: no model is better")
-    legend(picture, axes, columns=4)
+    legend(picture, axes, columns=3)
     return picture
 
 

@@ -178,7 +178,7 @@ def main():
     if config.model == "lstm" and config.compile is None:
         config = replace(config, compile=False)         # the LSTM's kernel is fused already
     run = runtime.start(config, config.model)
-    run.first(lambda: ensure(config.dataset, config.data_dir))
+    ensure(config.dataset, config.data_dir)
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = datasets.row_length(data, config.seq_len)
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)

@@ -71,7 +71,7 @@ def make_optimizers(networks, config, widest=None):
               for (decay, scale), group in groups.items()]
     fused = parameters[0].device.type in ("cpu", "cuda")
     both = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
-    return both + [Muon(matrices, config.lr, WEIGHT_DECAY)] * bool(matrices)
+    return both + ([Muon(matrices, config.lr, WEIGHT_DECAY)] if matrices else [])
 
 
 def learning_rate(step, config, decay_from=0):
