@@ -391,7 +391,7 @@ def texts(picture):
 def test_no_text_of_a_figure_overlaps_another(tmp_path):
     """Five runs with long names, axes of many decades."""
     names = [f"tinystories-transformer-{i}" for i in range(5)]
-    lines = many_lines(names, ("encoder-decoder", "RNN", "whole past"), [1, 10, 1e7])
+    lines = many_lines(names, ("encoder-decoder", "RNN", "whole past"), [1, 10, 2e4])
     short = many_lines(names, ("RNN", "whole past"), [1, 2, 4, 8, 16])
     panel = dict(points=[[0, 1], [1, 0]], held=[0, 7], paths=[], shares=[0.5, 0.2])
     panels = [panel | {"run": name} for name in names]

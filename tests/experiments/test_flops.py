@@ -120,11 +120,12 @@ def test_a_chain_has_each_matrix_once_and_no_table():
 
 @pytest.fixture(scope="module")
 def runs(data_dir, tmp_path_factory):
-    """SMT of 4 steps, 2 of them of the trunk; DMT of 4 from it; BPTT of 4 from that."""
+    """a: SMT, its first 2 of 4 steps of the trunk; b: DMT from a; c: BPTT from b; d: SMT from a."""
     root = tmp_path_factory.mktemp("runs")
     where = ["--dataset=fables", f"--data_dir={data_dir}"]
     causal = "--encoder=causal", "--trunk_iters=2"
-    trained(train_smt, *QUICK, *SIZES, *PAIRS, *where, f"--out_dir={root / 'a'}", *causal)
+    for name, source in ("a", ()), ("d", [f"--init_from={root / 'a'}"]):
+        trained(train_smt, *QUICK, *SIZES, *PAIRS, *where, f"--out_dir={root / name}", *causal, *source)
     trained(train_dmt, *QUICK, *where, f"--out_dir={root / 'b'}", f"--init_from={root / 'a'}")
     sizes = [flag for flag in SIZES if flag.split("=")[0][2:] in train_bptt.Config.__dataclass_fields__]
     trained(train_bptt, *QUICK, *sizes, *where, f"--out_dir={root / 'c'}", "--seq_len=8",
@@ -139,6 +140,7 @@ def test_what_is_spent_begins_with_what_the_sources_cost(runs, monkeypatch):
     assert spent(runs / "a") == [(0, 0, 0), (1, 7, 5), (2, 14, 10), (3, 24, 11), (4, 34, 12)]
     assert spent(runs / "b")[::4] == [(0, 34, 12), (4, 434, 20)]
     assert spent(runs / "c")[1:3] == [(1, 1434, 23), (2, 2434, 26)]
+    assert spent(runs / "d")[::4] == [(0, 34, 12), (4, 74, 16)]         # its trunk is trained already
     assert [folder.name for folder, _ in lineage(runs / "c")] == ["a", "b", "c"]
     log = (runs / "a" / "metrics.jsonl").read_text().splitlines()
     assert [step for step, *_ in spent(runs / "a")] == sorted({json.loads(one)["step"] for one in log})
