@@ -43,10 +43,11 @@ class Config(RunConfig):
             raise UsageError("--horizon and --seq_len are at least 0, --label_stride 1, --p_start a share")
 
 
-TEXT, TASK = dict(p_start=0.5, max_iters=800), dict(batch_size=32, max_iters=800)
+TEXT = dict(p_start=0.5, label_stride=1, max_iters=800)
+TASK = dict(batch_size=32, label_stride=1, max_iters=800)
 PRESETS = {
-    "tiny": dict(optimizer="muon", batch_size=8, max_iters=600, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
-                 eval_interval=150),
+    "tiny": dict(optimizer="muon", batch_size=8, max_iters=400, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
+                 label_stride=2, eval_interval=100),
     "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0,
                   eval_interval=200),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100,
@@ -82,8 +83,8 @@ def roll_out_and_label(networks, x, begins, h, labelled):
     roll-out, 0..h-1, that get a label. Returns, with the n roll-outs of a row side by side, the memory before
     each of these steps, m_hat_{t-1} (B n, R, K, d), and its label m_t (B n, R, K, d).
     """
-    t = (begins[:, None].to(x.device) + labelled).flatten()
-    memories = networks["encoder"](x, torch.cat([begins.to(x.device) - 1, t]))   # one call reads the row once
+    t = (begins[:, None] + labelled).flatten()
+    memories = networks["encoder"](x, torch.cat([begins - 1, t]))     # one call reads the row once
     start, labels = memories.split([len(begins), len(t)], dim=1)
     start = start.flatten(0, 1)
     after = roll_out_without_gradients(networks["updater"], start, cut(x, begins, h))
@@ -93,7 +94,7 @@ def roll_out_and_label(networks, x, begins, h, labelled):
 
 def cut(x, begins, h):
     """The pieces of h tokens of rows (B, T) that begin at n places -> (B n, h)."""
-    return x[:, (begins[:, None] + torch.arange(h)).to(x.device)].flatten(0, 1)
+    return x[:, begins[:, None] + torch.arange(h, device=x.device)].flatten(0, 1)
 
 
 class Counts(NamedTuple):
@@ -169,8 +170,8 @@ def main():
 
         x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start,
                                         run.rank, run.world_size)
-        begins, labelled = choose_steps(config, step, T, h)
-        labelled = labelled.to(run.device)
+        chosen = choose_steps(config, step, T, h)
+        begins, labelled = (steps.to(run.device, non_blocking=True) for steps in chosen)
         collected = []                       # a part of the rows at a time, which bounds the encoder's memory
         for rows in x.chunk(config.grad_accum):
             with run.autocast():

@@ -56,7 +56,7 @@ TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, co
 TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16,
             max_iters=1300, lr=2e-3, eval_interval=200)
 PRESETS = {
-    "tiny": CAUSAL | dict(d_model=64, memory_tokens=8, encoder_layers=2, decoder_layers=2, context_len=220,
+    "tiny": CAUSAL | dict(d_model=64, memory_tokens=12, encoder_layers=2, decoder_layers=2, context_len=220,
                           seq_len=220, trunk_iters=900, batch_size=4, max_iters=3200, lr=3e-3, p_start=0.9,
                           eval_interval=800, log_interval=50),
     "small": CAUSAL | dict(d_model=128, memory_tokens=8, encoder_layers=3, decoder_layers=3, context_len=256,
@@ -184,7 +184,7 @@ def main():
             networks["encoder"].start_decoder(networks["decoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions,
                                         config.p_start, run.rank, run.world_size)
-        t = t.to(run.device)
+        t = t.to(run.device, non_blocking=True)         # a copy that waits would wait for the last step
         counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, rows in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             if step < trunk_end:                # without DDP, which waits for the gradients of all networks
@@ -199,7 +199,7 @@ def main():
             run.count(losses)
         if step < trunk_end:
             run.sum_gradients(networks)
-        lr = learning_rate(step, config, decay_from=(trunk_end + 2 * config.max_iters) // 3)
+        lr = learning_rate(step, config, decay_from=(trunk_end + 4 * config.max_iters) // 5)
         grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * T, grad_norm, lr, phase_ends=(trunk_end,))
     run.end(step)
