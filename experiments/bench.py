@@ -112,11 +112,11 @@ def training(stage, config, smt_config, data, run):
     def step(i):
         x, y, t = datasets.sample_batch(data, config.seed, i, config.batch_size, T, positions, config.p_start)
         if stage == "smt":
-            t = t.to(run.device)
+            t = t.to(run.device, non_blocking=True)
             rows, shared = (x, y), (t, train_smt.count_terms(x, y, t, config, data.pad))
         elif stage == "dmt":
-            begins, labelled = train_dmt.choose_steps(config, i, T, h)
-            labelled = labelled.to(run.device)
+            chosen = train_dmt.choose_steps(config, i, T, h)
+            begins, labelled = (steps.to(run.device, non_blocking=True) for steps in chosen)
             with run.autocast():
                 before, labels = train_dmt.roll_out_and_label(networks, x, begins, h, labelled)
             x, y = (train_dmt.cut(tokens, begins, h)[:, labelled] for tokens in (x, y))

@@ -1,4 +1,5 @@
 """CUDA graphs."""
+import sys
 import weakref
 
 import torch
@@ -13,12 +14,13 @@ def captured(function):
     A step of an RNN is hundreds of small kernels that take longer to launch than to run: a graph is one
     launch of all of them. The graph reads the module's parameters where they are: they may change in place,
     but must not be replaced. function must not synchronise or draw random numbers, and returns a tensor. On
-    devices without graphs it is called as it is.
+    devices without graphs it is called as it is; so is it once a capture has failed, with a line on stderr.
     """
-    graphs = weakref.WeakKeyDictionary()                # module -> {shapes: (inputs, graph, output)}
+    graphs, failed = weakref.WeakKeyDictionary(), False     # module -> {shapes: (inputs, graph, output)}
 
     def call(module, *tensors):
-        if tensors[0].device.type != GRAPH_DEVICE:
+        nonlocal failed
+        if failed or tensors[0].device.type != GRAPH_DEVICE:
             with torch.inference_mode():
                 output = function(module, *tensors)
             return output.clone()                       # outside: a normal tensor, which may enter a loss
@@ -27,7 +29,15 @@ def captured(function):
             shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
             key = torch.is_autocast_enabled(GRAPH_DEVICE), *shapes
             if key not in known:
-                known[key] = capture(function, module, tensors)
+                try:
+                    known[key] = capture(function, module, tensors)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:           # slower is better than not at all
+                    failed, reason = True, (str(error).splitlines() or [""])[0]
+                    print(f"note: no CUDA graphs, roll-outs are slow: {reason}", file=sys.stderr)
+            if failed:
+                return function(module, *tensors).clone()
             inputs, graph, output = known[key]
             for own, given in zip(inputs, tensors, strict=True):
                 own.copy_(given)
