@@ -62,16 +62,14 @@ class Config:
 
 @dataclass
 class Split:
-    """tokens (N,) uint8 and targets (N,) uint8 or None, on any device; starts (D,) int64, on the CPU; the
-    device of the rows."""
+    """tokens and targets (N,) uint8, targets may be None; starts (D,) int64, on the CPU; device of rows."""
     tokens: torch.Tensor
     targets: torch.Tensor | None
     starts: torch.Tensor
     device: torch.device = torch.device("cpu")
 
     def to(self, device):
-        """The split with rows on a device; its tokens and targets move there, too, if they take a quarter of
-        the free memory at most."""
+        """The split with rows on a device, where its tokens go, too, if they take at most a quarter of it."""
         streams = self.tokens, self.targets
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         if sum(stream.nbytes for stream in streams if stream is not None) <= free / 4:
@@ -175,8 +173,7 @@ def held_out(data, n_documents, length, seed):
 # Text and tokens
 
 def encode(text, meta):
-    """The tokens of a text, a list, without a separator before it. UsageError if the data set lacks a
-    character."""
+    """The tokens of a text, a list, without a separator. UsageError if the data set lacks a character."""
     if meta["kind"] != "text":
         raise UsageError(f"{meta['name']} is not made of text: there are no tokens for {text!r}")
     alphabet = set(meta["alphabet"]) - {0}
@@ -199,8 +196,7 @@ def decode(tokens, meta):
 # Loading
 
 def load(name, data_dir):
-    """The data set data_dir/name, its bins mapped into memory. DataError if it is missing or not what its
-    meta.json says."""
+    """The data set data_dir/name, its bins mapped into memory. DataError if it is missing or damaged."""
     folder = Path(data_dir) / name
     again = f"prepare it: python data.py --dataset={name} --data_dir={data_dir}"
     again += " --source=PATH" if name in NEEDS_SOURCE else ""

@@ -83,8 +83,7 @@ def read_from(networks, memory, x, t, n):
 
 
 def measure_held(networks, x, y, t, distances, memories=None):
-    """held_<n> at positions t (S,) of x, y (N, L) for each n of the distances, and held_full where there is a
-    trunk.
+    """held_<n> at positions t (S,) of x, y (N, L) for n in distances; with a trunk held_full.
 
     memories: a function of t, (S,) -> (N, S, K, d); the encoder's unless given.
     """
@@ -158,8 +157,7 @@ def standard_error(amounts, weights):
 
 
 def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, errors=False):
-    """The numbers at the top of this file, {val_<name>: number}, on held-out documents x, y (N, L), read from
-    m_empty.
+    """The numbers at the top of this file, {val_<name>: number}, on held-out documents x, y (N, L).
 
     What needs an encoder is measured at up to most_positions positions, spread over those that have targets.
     errors: also the standard error of each number, as <name>_error.
@@ -177,8 +175,7 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, e
 # ------------------------------------------------------------------------------------------------------------
 
 def load_all(ckpt, dataset, device):
-    """{name: (folder, checkpoint, ModelConfig, networks, m_empty)} of --ckpt, or of the data set's most
-    finished run.
+    """{name: (folder, checkpoint, ModelConfig, networks, m_empty)} of --ckpt, or the most finished run.
 
     UsageError if the checkpoints are not of one data set.
     """
@@ -196,8 +193,7 @@ def load_all(ckpt, dataset, device):
 
 
 def table(columns):
-    """Lines of text from {name: {row: text or number}}: a column for each checkpoint; - where it has no such
-    number."""
+    """Lines of text from {name: {row: text or number}}: a column for each checkpoint."""
     width = max(18, *(len(name) for name in columns)) + 2
     rows = dict.fromkeys(row for column in columns.values() for row in column if not row.endswith("_error"))
     lines = [f"{'':24}" + "".join(f"{name:{width}}" for name in columns)]

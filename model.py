@@ -38,7 +38,7 @@ class RNNConfig:
     n_heads: int = 4                # attention heads
     memory_tokens: int = 4          # memory tokens K
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
-    decoder_layers: int = 1         # layers of the readout, and of the decoder
+    decoder_layers: int = 1         # layers of the readout and of the decoder, which are the same
 
     def __post_init__(self):
         check_fields(self, "d_model n_heads memory_tokens updater_layers decoder_layers")
@@ -49,7 +49,7 @@ class RNNConfig:
 @dataclass(frozen=True)
 class ModelConfig(RNNConfig):
     """Sizes of the RNN and of its teachers, encoder and decoder."""
-    encoder: Literal["window", "causal"] = "window"     # the paper's; ours: a row in one pass
+    encoder: Literal["window", "causal"] = "window"     # the paper's; ours: all in one pass
     encoder_layers: int = 2         # layers of the encoder
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
     context_len: int = 256          # tokens of past that the encoder reads (Tc); causal: each layer
@@ -68,11 +68,10 @@ class ModelConfig(RNNConfig):
 # What the networks are made of
 
 def rope(positions, head_dim):
-    """Rotary position embedding (Su et al. 2021) of positions (n,): cosines and signed sines, (2, n, 1,
-    head_dim).
+    """Rotary position embedding (Su et al. 2021) of positions (n,): cos, signed sin (2, n, 1, head_dim).
 
-    Component i of a head turns with component i + head_dim / 2. The slower half of these pairs does not turn
-    at all: what they hold is found from any distance.
+    Component i of a head turns with component i + head_dim / 2. The slower half of these pairs does not turn:
+    what they hold is found from any distance.
     """
     pair = torch.arange(head_dim // 2, device=positions.device)
     frequencies = torch.where(2 * pair < head_dim // 2, 10000.0 ** -(2 * pair / head_dim), 0.0)
@@ -100,7 +99,7 @@ def at_least_float32(x):
 class Stem(nn.Module):
     """Token embeddings, and a causal convolution over the last `width` of them added. x (B, n) -> (B, n, d)
 
-    With it the first attention finds a name by the words in front of the name.
+    The first attention can then find a token by the tokens in front of it.
     """
 
     def __init__(self, n_tokens, d, width):
@@ -151,8 +150,7 @@ def attend_to_past(q, k, v):
 
 
 def attend_to_last(q, k, v, context_len):
-    """Causal attention of each token to itself and to the context_len - 1 tokens before. (B, h, n, d / h)
-    each -> as q."""
+    """Causal attention to the last context_len tokens, itself among them. (B, h, n, d / h) each -> as q."""
     n = k.shape[2]
     if n <= context_len:
         return attend_to_past(q, k, v)      # a mask would rule out the fastest kernels
@@ -161,8 +159,7 @@ def attend_to_last(q, k, v, context_len):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks: (B, n, d) -> (B, n, d), or of its outputs a slice. n <= length unless turns are
-    given."""
+    """A stack of blocks: (B, n, d) -> (B, n, d), or a slice of its outputs."""
 
     def __init__(self, config, n_layers, length, gain=1.0):
         super().__init__()
@@ -184,11 +181,10 @@ class Transformer(nn.Module):
 # The paper's four networks
 
 class Encoder(nn.Module):
-    """E_phi: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers], anew for
-    each t.
+    """E_phi: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers].
 
-    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d). The memory at t depends on x_{<=t} alone. PAD
-    before the first token makes every input as long as every other, without a mask. m_empty = E([PAD] * Tc).
+    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), anew for each t. The memory at t depends on x_{<=t}
+    alone. PAD before the first token makes all inputs equally long, without a mask. m_empty = E([PAD] * Tc).
     """
 
     def __init__(self, config, vocab_size):
@@ -208,8 +204,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. memory (B, K, d), x (B, Tf-1) -> logits (B, Tf,
-    V).
+    """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. (B, K, d), x (B, Tf-1) -> logits (B, Tf, V).
 
     The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}.
     """
@@ -280,8 +275,7 @@ class Updater(nn.Module):
 
 
 class Readout(nn.Module):
-    """g_theta, the RNN's output: a causal Transformer over the memory, like the decoder. memory (B, K, d) ->
-    logits (B, V)."""
+    """g_theta, the RNN's output: a causal Transformer over the memory. (B, K, d) -> logits (B, V)."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -292,15 +286,13 @@ class Readout(nn.Module):
         return self.head(self.norm(self.transformer(memory, attend_to_past, slice(-1, None))[:, -1]))
 
     def start_from(self, decoder):
-        """Take over the decoder's layers and head: the readout then predicts what the decoder does from the
-        memory alone."""
+        """Take over the decoder's layers and head: predict what it does from the memory alone (in DMT)."""
         for name in ("transformer", "norm", "head"):
             getattr(self, name).load_state_dict(getattr(decoder, name).state_dict())
 
 
 def roll_out(updater, memory, x):
-    """Run the RNN over x (B, T) from memory (B, K, d): the memories after each token, (B, T, K, d). One step
-    after the other."""
+    """Run the RNN over x (B, T) from memory (B, K, d): the memories (B, T, K, d), one by one."""
     memories = []
     for token in x.unbind(1):
         memory = updater(memory, token)
@@ -313,8 +305,7 @@ roll_out_window = captured(roll_out)
 
 
 def roll_out_without_gradients(updater, memory, x):
-    """roll_out for inference. On CUDA a graph of GRAPH_STEPS steps is replayed: thousands of launches take
-    longer than their work."""
+    """roll_out for inference. On CUDA a graph of GRAPH_STEPS steps replaces thousands of launches."""
     memories = []
     for window in x.split(GRAPH_STEPS, dim=1):
         memories.append(roll_out_window(updater, memory, window))
@@ -323,24 +314,21 @@ def roll_out_without_gradients(updater, memory, x):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Terms of the losses, as sums: the stages divide them by what the global batch holds
+# Terms of the losses, as sums: the train scripts divide them by the counts of the global batch
 
 def cross_entropy(logits, y):
-    """Sum over the targets y (...) that are not IGNORE, of logits (..., V). In float32 at least: autocast
-    does not see to it."""
+    """Sum over the targets y (...) that are not IGNORE, of logits (..., V); in float32, unlike autocast's."""
     logits = at_least_float32(logits).flatten(0, -2)
     return F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def squared_error(predicted, memories, valid):
-    """Sum over the valid transitions (..) of the mean squared error of predicted memories against the
-    encoder's, (.., K, d) each."""
+    """Sum over the valid transitions (..) of the mean squared error of predicted memories (.., K, d)."""
     return ((predicted - memories).square().mean((-2, -1)) * valid).sum()
 
 
 def futures(x, y, t, future_len, pad):
-    """What the decoder reads and predicts at positions t (S,) of x, y (B, T): x_{t+1..t+Tf-1} (B, S, Tf-1),
-    y_{t..t+Tf-1} (B, S, Tf)."""
+    """What the decoder reads, predicts at t (S,): x_{t+1..t+Tf-1} (B, S, Tf-1), y_{t..t+Tf-1} (B, S, Tf)."""
     ahead = t[:, None] + torch.arange(future_len, device=t.device)
     future_y = F.pad(y, (0, future_len), value=IGNORE)[:, ahead]
     future_x = F.pad(x, (0, future_len), value=pad)[:, ahead[:, 1:]]
@@ -348,8 +336,7 @@ def futures(x, y, t, future_len, pad):
 
 
 def decoder_loss(networks, memories, x, y, t, future_len):
-    """Sum of CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) over rows x, y (B, T) and positions t (S,), from m_t
-    (B, S, K, d)."""
+    """Sum of CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1}) at t (S,) of x, y (B, T), from m_t (B, S, K, d)."""
     both = futures(x, y, t, future_len, networks["decoder"].pad)
     memories, future_x, future_y = (part.flatten(0, 1) for part in (memories, *both))
     loss = 0
@@ -372,38 +359,37 @@ CHUNK_ROWS = 32_768    # elsewhere: CUDA's attention kernels refuse a batch of 6
 
 
 def chunks_by_length(y):
-    """Split targets y (n, m) into chunks [(rows, length)]: sort the rows by length, trim each chunk to its
-    longest.
+    """Split targets y (n, m) into chunks [(rows, length)]: sort the rows by length, trim each chunk.
 
-    The length of a row ends with its last target; rows without a target are left out, but for one, so that no
-    gradient is missing. Except on a CPU, and under torch.compile, a new shape costs more than is saved: the
-    rows then stay as they are.
+    The length of a row ends with its last target. Rows without a target are left out, but for one if all are,
+    so that no gradient is missing. Except on a CPU, and under torch.compile, a new shape costs more than is
+    saved: the rows stay as they are.
     """
     n, m = y.shape
     if y.device.type != "cpu" or torch.compiler.is_compiling():
         return [(slice(i, i + CHUNK_ROWS), m) for i in range(0, n, CHUNK_ROWS)]
     lengths = ((y != IGNORE) * torch.arange(1, m + 1)).amax(1)
     order = lengths.argsort()[min(int((lengths == 0).sum()), n - 1):]
-    return [(rows, min(m, max(2, int(lengths[rows[-1]])))) for rows in order.chunk(CHUNKS if m > 1 else 1)]
+    lengths = lengths.clamp(min=min(m, 2))      # with one token to read, the embedding has a gradient
+    return [(rows, int(lengths[rows[-1]])) for rows in order.chunk(CHUNKS if m > 1 else 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Our encoder
 
 class CausalEncoder(nn.Module):
-    """E_phi, ours: all memories of a row from one pass. x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K,
-    d), as Encoder.
+    """E_phi, ours: all memories of a row from one pass. x (B, T), t (S,) -> (B, S, K, d), as Encoder.
 
-    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], makes of the embedding e_j of a token its
-    state h_j. K - 1 memory tokens are slots: slot k is a gated average of the embeddings, which the decoder
-    reads as its own tokens. The last memory token is the present.
+    The trunk, a causal Transformer over [PAD, x_0 .. x_{T-1}], turns the embedding e_j of a token into its
+    state h_j. K - 1 memory tokens are slots: slot k is a gated average of the embeddings so far, which the
+    decoder reads like its own tokens. The last memory token is the present.
 
-        g_j = sigmoid(w_k . normalise(h_j) + b_k)
-        m_k(t) = normalise(s_k(t)),    s_k(t) = sum_{j <= t} g_j prod_{j < i <= t} (1 - g_i) e_j
-        m_K(t) = normalise(e_t + W normalise(h_t))
+        g_{k,j} = sigmoid(w_k . normalise(h_j) + b_k)
+        m_k(t)  = normalise(s_k(t)),   s_k(t) = sum_{j <= t} g_{k,j} prod_{j < i <= t} (1 - g_{k,i}) e_j
+        m_K(t)  = normalise(e_t + W normalise(h_t))
 
-    Given gate and embedding a slot is Markov, as f must be: s_k(t) = (1 - g_t) s_k(t-1) + g_t e_t. An open
-    gate writes, a closed one holds.
+    An open gate writes, a closed one holds: s_k(t) = (1 - g_{k,t}) s_k(t-1) + g_{k,t} e_t. So f can follow a
+    slot: it interpolates between the slot and the token, and has to find the gate in m_{t-1} and x_t.
     """
 
     def __init__(self, config, vocab_size):
@@ -414,11 +400,10 @@ class CausalEncoder(nn.Module):
         length = config.context_len + config.memory_tokens
         self.transformer = Transformer(config, config.encoder_layers, length)
         self.gate, self.present = nn.Linear(d, slots), nn.Linear(d, d, bias=False)
-        self.gate.bias.data = -torch.linspace(2, 5, slots)      # at first the averages span 7 to 150 tokens
+        self.gate.bias.data = -torch.linspace(2, 5, slots)      # at first the averages span 8 to 150 tokens
 
     def trunk(self, x):
-        """x (B, T) -> embeddings e and states h, (B, T+1, d) each: at index 0 of PAD, at index j+1 after
-        x_{<=j}."""
+        """x (B, T) -> embeddings e, states h (B, T+1, d): at index 0 of PAD, at index j + 1 after x_{<=j}."""
         e = self.embed(F.pad(x, (1, 0), value=self.pad))
         return e, self.transformer(e, lambda q, k, v: attend_to_last(q, k, v, self.context_len + 1))
 
@@ -426,19 +411,18 @@ class CausalEncoder(nn.Module):
         """trunk: of x, where it is computed already."""
         e, h = self.trunk(x) if trunk is None else trunk
         h, end = normalise(h), (t + 1).to(h.device)                                  # x_t has the index t + 1
-        with torch.autocast(h.device.type, enabled=False):      # bf16 cannot hold for long
+        with torch.autocast(h.device.type, enabled=False):      # bf16 rounds small gates
             e = at_least_float32(e)
-            gate = self.gate(h).transpose(1, 2)                                         # (B, K-1, T+1)
+            gate = self.gate(h).transpose(1, 2)                                         # logits (B, K-1, T+1)
             log_weight = F.logsigmoid(gate) - F.logsigmoid(-gate).cumsum(2)    # g_j / prod_{i <= j} (1 - g_i)
             past = torch.arange(h.shape[1], device=h.device) <= end[:, None]            # (S, T+1)
             weight = log_weight[:, :, None].masked_fill(~past, -torch.inf).softmax(-1)      # (B, K-1, S, T+1)
-            slots = (weight.flatten(1, 2) @ e).unflatten(1, weight.shape[1:3])          # (B, K-1, S, d)
+            slots = (weight.flatten(1, 2) @ e).unflatten(1, weight.shape[1:3])  # s_k, scaled (B, K-1, S, d)
         present = e[:, end] + self.present(h[:, end])
         return normalise(torch.cat([slots.transpose(1, 2), present[:, :, None]], dim=2))
 
     def start_decoder(self, decoder):
-        """Give the decoder the embedding and the layers of the trunk: a language model, which lacks only the
-        past."""
+        """Give the decoder the trunk's embedding and layers: a language model, which lacks only the past."""
         decoder.embed.load_state_dict(self.embed.state_dict())
         decoder.transformer.load_state_dict(self.transformer.state_dict())
 
@@ -451,8 +435,7 @@ NETWORKS = {"encoder": lambda config, V: ENCODERS[config.encoder](config, V), "d
 
 
 def build(config, vocab_size, names=tuple(NETWORKS)):
-    """The named networks of a config as one nn.ModuleDict; updater and readout need an RNNConfig, all four a
-    ModelConfig.
+    """The named networks of an RNNConfig (updater, readout) or ModelConfig (all) as one nn.ModuleDict.
 
     Right after a torch.manual_seed a network gets the same weights, whichever others are asked for: so the
     stages compare.

@@ -1,5 +1,4 @@
-"""What every stage needs and the method does not: command line, device, precision, processes, optimisers,
-log, checkpoints.
+"""What every stage needs and the method does not: devices, processes, the log, the run's folder.
 
 Nothing in here knows what a memory is. A train script uses it in this order:
 
@@ -70,8 +69,7 @@ class RunConfig:
 
 @dataclass
 class Run:
-    """One training run: its config, device, processes and folder, what it has spent, the signal that asked it
-    to stop."""
+    """One training run: where it computes and writes, what it has spent, the signal that asked it to stop."""
     config: RunConfig
     stage: str
     device: torch.device
@@ -98,8 +96,7 @@ class Run:
         return self.rank == 0
 
     def print(self, line):
-        """Print a line on the main process. A terminal that is gone, or a full disk behind it, does not stop
-        a run."""
+        """Print a line on the main process. A terminal that is gone, or a full disk, does not stop a run."""
         if self.is_main and sys.stdout:
             with suppress(OSError, ValueError):
                 tqdm.write(line, file=sys.stdout)
@@ -127,8 +124,7 @@ class Run:
                 self.sum(p.grad)
 
     def should_stop(self, step):
-        """Whether a signal arrived. Several processes agree on it in every second step: that costs a
-        synchronisation."""
+        """Whether a signal arrived. Processes agree on it in every second step, at a cost."""
         if self.world_size > 1 and step % 2 == 0:
             arrived = self.sum(torch.tensor(self.signal, device=self.device)).item()
             self.signal = self.signal or signal.SIGTERM * (arrived > 0)
@@ -279,8 +275,7 @@ def start(config, stage):
 
 
 def begin(run, data, networks, optimizers, fixed=()):
-    """Start or resume: load the weights that --resume or --init_from ask for, make the run's folder. Returns
-    the first step.
+    """Start or resume: load the weights asked for, make the run's folder. Returns the first step.
 
     --resume also restores the optimisers and what was spent, and drops the log lines that will be written
     again. UsageError where a size of the networks or one of the flags `fixed` has changed. Another run in the
@@ -303,7 +298,10 @@ def begin(run, data, networks, optimizers, fixed=()):
         load_weights(networks, checkpoint, config, run.checkpoint_path)
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                own = optimizer.state_dict()["param_groups"]        # rates and decays are those of this code
+                if [group["params"] for group in own] != [group["params"] for group in state["param_groups"]]:
+                    raise ValueError("other parameters")
+                optimizer.load_state_dict({"state": state["state"], "param_groups": own})
         except (KeyError, ValueError, TypeError, AttributeError):
             raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
         run.since, run.first_step = {"step": step, **run.spent}, step
@@ -342,8 +340,7 @@ def begin(run, data, networks, optimizers, fixed=()):
 
 
 def lock_folder(run):
-    """Make the run's folder and lock it as long as the process lives; DataError if another run is at work
-    there."""
+    """Make the run's folder and lock it for the process's life; DataError if another run is at work there."""
     if run.is_main:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         if run.lock is not None:
@@ -356,8 +353,7 @@ def lock_folder(run):
 
 
 def read_log(path):
-    """The lines of a metrics.jsonl as dicts with a step, none if there is no file; one that a crash has
-    damaged is left out."""
+    """The lines of a metrics.jsonl as dicts with a step; without those that a crash has damaged."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError, RecursionError):
@@ -369,8 +365,7 @@ def read_log(path):
 # Several processes, compilation
 
 class LossModule(torch.nn.Module):
-    """The networks and their loss as one module whose forward returns the loss: what DDP wraps and
-    torch.compile compiles."""
+    """The networks and their loss as one module, for DDP and torch.compile: forward returns the loss."""
 
     def __init__(self, networks, loss):
         super().__init__()
@@ -398,8 +393,7 @@ def distribute(networks, loss, run, parts=()):
 
 
 def micro_step(module, last):
-    """Context of one micro-batch, forward and backward: DDP exchanges gradients in the last one of a step
-    only."""
+    """Context of one micro-batch, forward and backward: DDP exchanges gradients in the last of a step only."""
     return nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 
@@ -407,8 +401,7 @@ def micro_step(module, last):
 # Checkpoint
 
 def save(run, step, numbers, data, networks, optimizers, **content):
-    """Write the run's checkpoint atomically: tensors and plain Python values only, so that weights_only=True
-    can load it.
+    """Write the run's checkpoint atomically: tensors and plain values only, for weights_only=True.
 
     Then log the numbers of its evaluation: what the log has an evaluation of is saved. DataError if they are
     not finite.

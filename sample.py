@@ -1,5 +1,4 @@
-"""Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to the questions of a
-synthetic task.
+"""Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to a task's questions.
 
     python sample.py                                      # fables; of the runs the most finished one
     python sample.py --dataset=tinystories --prompt="Once upon a time" --num_samples=3 --temperature=0.7
@@ -144,8 +143,7 @@ def write(text):
 
 
 def paint(networks, initial_memory, meta, config, path):
-    """Generate or complete pictures and write them as one PNG grid; for completions also what was given, and
-    the truth."""
+    """Generate or complete pictures, in one PNG grid; for completions also what was given, and the truth."""
     from sources import pictures
     n, length, device = config.num_samples or 16, meta["longest_document"], initial_memory.device
     n_given = max(1, round(config.keep * length)) if config.prompt else 1

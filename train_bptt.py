@@ -41,8 +41,8 @@ MLP = dict(updater="mlp", updater_layers=1, n_heads=4, memory_tokens=8)
 TEXT = dict(d_model=128, memory_tokens=4, decoder_layers=3, seq_len=256, p_start=0.5)
 TASK = dict(memory_tokens=4, batch_size=64, max_iters=1000, lr=1e-3)
 PRESETS = {
-    "tiny": MLP | dict(d_model=64, memory_tokens=12, decoder_layers=2, seq_len=220, p_start=0.9, batch_size=16,
-                       max_iters=400, lr=2e-3, eval_interval=100),
+    "tiny": MLP | dict(d_model=64, memory_tokens=12, decoder_layers=2, seq_len=220, p_start=0.9,
+                       batch_size=16, max_iters=400, lr=2e-3, eval_interval=100),
     "small": MLP | dict(d_model=128, decoder_layers=3, batch_size=64, max_iters=20_000, lr=1e-3,
                         eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4,
@@ -69,8 +69,7 @@ def unroll(updater, memory, x, truncate=0):
 
 
 def bptt_loss(networks, x, y, count, truncate=0):
-    """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}; the gradient goes through all steps,
-    or `truncate`.
+    """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}, through all steps or `truncate`.
 
     x, y (B, T). These rows' share of the mean over the global batch, which has `count` targets.
     """
@@ -81,8 +80,7 @@ def bptt_loss(networks, x, y, count, truncate=0):
 
 
 def compiled_parts(device):
-    """The networks that --compile compiles; on a CPU not the readout, whose number of memories differs from
-    step to step."""
+    """The networks that --compile compiles; on a CPU not the readout, whose shapes change in each step."""
     return ("updater", "readout") if device.type == "cuda" else ("updater",)
 
 

@@ -63,8 +63,7 @@ PRESETS["tiny/retrieval"] = PRESETS["small/retrieval"] = TASK | dict(max_iters=1
 # The three steps
 
 def choose_steps(config, step, T, h):
-    """Where in the rows of a step the roll-outs of h tokens begin, (n,), and which of their steps get a
-    label, (R,).
+    """Where in the rows the roll-outs of h tokens begin, (n,), and which of their steps get a label, (R,).
 
     The roll-outs lie one after the other from 0 (with probability p_start) or from anywhere. Pure in (seed,
     step).
@@ -76,8 +75,7 @@ def choose_steps(config, step, T, h):
 
 @torch.no_grad()
 def roll_out_and_label(networks, x, begins, h, labelled):
-    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n rising `begins`, ask E for
-    labels.
+    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n `begins`, ask E for labels.
 
     Each roll-out starts from the encoder's memory at its begin (m_empty at 0). labelled (R,): the steps of a
     roll-out, 0..h-1, that get a label. Returns, with the n roll-outs of a row side by side, the memory before

@@ -25,7 +25,7 @@ from model import IGNORE, ModelConfig, cross_entropy, decoder_loss, futures, rea
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
 
-UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, at most
+UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, about
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Config(ModelConfig, RunConfig):
     seq_len: int = 256              # tokens T of a training row of text; other documents are rows as they are
     positions: int = 1              # positions S drawn in a step, the same in each row
     p_start: float = 0.5            # text: share of rows from a document's start; the others begin anywhere
-    trunk_iters: int = 0            # first steps, of the causal encoder's trunk alone; none with --init_from
+    trunk_iters: int = 0            # first steps, which train only L_trunk (causal); none with --init_from
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
-        if min(self.positions, self.trunk_iters + 1, self.seq_len) < 1 or not 0 <= self.p_start <= 1:
+        if min(self.positions, self.seq_len) < 1 or self.trunk_iters < 0 or not 0 <= self.p_start <= 1:
             raise UsageError("--positions and --seq_len are at least 1, --trunk_iters 0, --p_start a share")
         if self.trunk_iters and self.encoder != "causal":
             raise UsageError("the window encoder has no trunk: --encoder=window takes --trunk_iters=0")
@@ -67,7 +67,7 @@ PRESETS = {
                   lr=3e-4, eval_interval=5000, eval_len=1024, log_interval=100),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
-for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
+for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):     # "<preset>/<dataset>" adds to a preset
     PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
 PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens=8, max_iters=1600)
 
@@ -91,8 +91,7 @@ def count_terms(x, y, t, config, pad):
 
 
 def smt_loss(networks, x, y, t, counts, config):
-    """The paper's objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}) and m_{-1} =
-    m_empty:
+    """The paper's objective on rows x, y (B, T) at positions t (S,), with m_t = E(x_{<=t}), m_{-1} = m_empty:
 
         L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1})
         L_dyn  = MSE(f(m_{t-1}, x_t), m_t)                      its gradients reach E through both memories
@@ -100,13 +99,14 @@ def smt_loss(networks, x, y, t, counts, config):
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
-    With the causal encoder L_trunk, ours, is added. Each term is these rows' share of the mean over the
-    global batch of config.batch_size rows, with the denominators counts (4,): the sum over micro-batches and
-    processes is the loss. (L_unif is the mean over micro-batches.) Returns the sum, and the terms to log.
+    With the causal encoder L_trunk, ours, is added. Each term is a sum over these rows, divided by the counts
+    (4,) of the global batch of config.batch_size rows: added up over micro-batches and processes it is the
+    mean. (L_unif is the mean over micro-batches.) Returns the loss, and the terms to log.
     """
     encoder, updater, counts = networks["encoder"], networks["updater"], Counts(*counts.clamp(min=1))
-    trunk = (encoder.trunk(x),) if config.encoder == "causal" else ()           # the window encoder has none
-    memories = encoder(x, torch.cat([t - 1, t]), *trunk)                        # (B, 2 S, K, d)
+    causal, both = config.encoder == "causal", torch.cat([t - 1, t])
+    trunk = encoder.trunk(x) if causal else None
+    memories = encoder(x, both, trunk) if causal else encoder(x, both)          # (B, 2 S, K, d)
     before, after = memories.split(len(t), dim=1)                               # m_{t-1}, m_t
     predicted = updater(before.flatten(0, 1), x[:, t].flatten()).view_as(after)
 
@@ -117,15 +117,14 @@ def smt_loss(networks, x, y, t, counts, config):
     loss = L_dec + config.lambda_dyn * L_dyn + config.lambda_unif * L_unif + L_read
     losses = {"loss_dec": L_dec, "loss_dyn": L_dyn, "loss_unif": L_unif, "loss_read": L_read}
 
-    if config.encoder == "causal":
-        L_trunk = losses["loss_trunk"] = trunk_loss(networks, *trunk, y, counts)
+    if causal:
+        L_trunk = losses["loss_trunk"] = trunk_loss(networks, trunk, y, counts)
         loss = loss + L_trunk
     return loss, {"train_loss": loss, **losses}
 
 
 def uniformity(memories):
-    """log mean_{a != b} exp(-2 |u_a - u_b|^2) over a sample of the memory tokens of memories (n, K, d), u =
-    L2-normalised."""
+    """log mean_{a != b} exp(-2 |u_a - u_b|^2), u a sample of L2-normalised memory tokens (n, K, d)."""
     stride = math.ceil(len(memories) * memories.shape[1] / UNIFORMITY_TOKENS)
     u = F.normalize(memories[::stride].flatten(0, 1), dim=-1)
     if len(u) == 1:
@@ -137,17 +136,16 @@ def uniformity(memories):
 
 
 def trunk_loss(networks, trunk, y, counts):
-    """L_trunk = CE(head of D(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
+    """L_trunk = CE(D.predict(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
 
-    Recall is learned from a text sooner than from a memory, and the decoder can begin with what the trunk has
-    learned. trunk: of CausalEncoder.trunk, y (B, T).
+    To recall is learned faster from a text than from a memory, and the decoder can begin with the trunk's
+    weights. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
     """
     return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / counts.targets
 
 
 def trunk_alone(networks, x, y, t, counts, config):
-    """The objective of the first trunk_iters steps (ours): L_trunk. Arguments and returns are those of
-    smt_loss."""
+    """The objective of the first trunk_iters steps (ours): L_trunk. Arguments, returns: as smt_loss."""
     loss = trunk_loss(networks, networks["encoder"].trunk(x), y, Counts(*counts.clamp(min=1)))
     return loss, {"train_loss": loss, "loss_trunk": loss}
 
@@ -163,7 +161,7 @@ def main():
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
     networks = model.build(config, data.vocab_size).to(run.device)
-    optimizers = make_optimizers(networks, config, widest=256)
+    optimizers = make_optimizers(networks, config, widest=256)          # Muon of f: a third of a step
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
     first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
     trunk_end = 0 if config.init_from else config.trunk_iters
