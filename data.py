@@ -138,8 +138,7 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
 
     A row of text begins at a document's start with probability p_start, else anywhere in the stream; other
     rows are whole documents. Returns x, y (batch_size / world_size, seq_len) int64 on the device of the rows,
-    and the positions t (n_positions,) int64 of the step: on the CPU, in random order, distinct if they can
-    be.
+    and the positions t (n_positions,) int64 of the step, in random order, distinct if they can be.
     """
     if batch_size % world_size:
         raise UsageError(f"--batch_size={batch_size} must be a multiple of {world_size} processes")
@@ -153,7 +152,8 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
     document_start = starts[rng.integers(len(starts), size=batch_size)]
     anywhere = torch.from_numpy(rng.integers(n_tokens - 1, size=batch_size))  # the last token has no next one
     begin = torch.where(torch.from_numpy(at_start), document_start, anywhere).chunk(world_size)[rank]
-    return *document_rows(data.train, data.meta, begin, seq_len, cut=documents), torch.from_numpy(t)
+    x, y = document_rows(data.train, data.meta, begin, seq_len, cut=documents)
+    return x, y, *data.train.rows(torch.from_numpy(t))
 
 
 def held_out(data, n_documents, length, seed):

@@ -84,8 +84,6 @@ def compiled_parts(device):
     return ("updater", "readout") if device.type == "cuda" else ("updater",)
 
 
-# ------------------------------------------------------------------------------------------------------------
-
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
     run = runtime.start(config, "bptt")

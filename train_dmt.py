@@ -48,10 +48,8 @@ TASK = dict(batch_size=32, label_stride=1, max_iters=800)
 PRESETS = {
     "tiny": dict(optimizer="muon", batch_size=8, max_iters=400, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
                  label_stride=2, eval_interval=100),
-    "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0,
-                  eval_interval=200),
-    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_interval=100,
-                  eval_len=1024),
+    "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0),
+    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_len=1024),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
 for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
@@ -65,8 +63,7 @@ PRESETS["tiny/retrieval"] = PRESETS["small/retrieval"] = TASK | dict(max_iters=1
 def choose_steps(config, step, T, h):
     """Where in the rows the roll-outs of h tokens begin, (n,), and which of their steps get a label, (R,).
 
-    The roll-outs lie one after the other from 0 (with probability p_start) or from anywhere. Pure in (seed,
-    step).
+    Roll-outs lie one after the other from 0 (with probability p_start) or anywhere. Pure in (seed, step).
     """
     rng, n, stride = philox(config.seed, step, "roll-out"), T // h, min(config.label_stride, h)
     begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
@@ -124,8 +121,6 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
     loss = config.lambda_dyn * L_dyn + L_read
     return loss, {"train_loss": loss, "loss_dyn": L_dyn, "loss_read": L_read}
 
-
-# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)

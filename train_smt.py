@@ -50,18 +50,16 @@ class Config(ModelConfig, RunConfig):
 
 
 CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", n_heads=4, positions=8,
-              conv_width=8, future_len=200)
+              conv_width=8, future_len=200, eval_interval=800, log_interval=50)
 TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128,
             seq_len=256, future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400)
 TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16,
             max_iters=1300, lr=2e-3, eval_interval=200)
 PRESETS = {
     "tiny": CAUSAL | dict(d_model=64, memory_tokens=12, encoder_layers=2, decoder_layers=2, context_len=220,
-                          seq_len=220, trunk_iters=900, batch_size=4, max_iters=3200, lr=3e-3, p_start=0.9,
-                          eval_interval=800, log_interval=50),
+                          seq_len=220, trunk_iters=900, batch_size=4, max_iters=3200, lr=3e-3, p_start=0.9),
     "small": CAUSAL | dict(d_model=128, memory_tokens=8, encoder_layers=3, decoder_layers=3, context_len=256,
-                           trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3, eval_interval=1000,
-                           log_interval=50),
+                           trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4,
                   updater_layers=8, context_len=256, future_len=64, batch_size=128, max_iters=150_000,
                   lr=3e-4, eval_interval=5000, eval_len=1024, log_interval=100),
@@ -99,9 +97,8 @@ def smt_loss(networks, x, y, t, counts, config):
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
-    With the causal encoder L_trunk, ours, is added. Each term is a sum over these rows, divided by the counts
-    (4,) of the global batch of config.batch_size rows: added up over micro-batches and processes it is the
-    mean. (L_unif is the mean over micro-batches.) Returns the loss, and the terms to log.
+    With the causal encoder plus L_trunk, ours. Each term is a sum over these rows divided by the counts (4,)
+    of the global batch (L_unif: a mean), to be summed over micro-batches. Returns the loss, the terms to log.
     """
     encoder, updater, counts = networks["encoder"], networks["updater"], Counts(*counts.clamp(min=1))
     causal, both = config.encoder == "causal", torch.cat([t - 1, t])
@@ -138,8 +135,7 @@ def uniformity(memories):
 def trunk_loss(networks, trunk, y, counts):
     """L_trunk = CE(D.predict(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
 
-    To recall is learned faster from a text than from a memory, and the decoder can begin with the trunk's
-    weights. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
+    Recall is learned faster from a text than from a memory. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
     """
     return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / counts.targets
 
@@ -149,8 +145,6 @@ def trunk_alone(networks, x, y, t, counts, config):
     loss = trunk_loss(networks, networks["encoder"].trunk(x), y, Counts(*counts.clamp(min=1)))
     return loss, {"train_loss": loss, "loss_trunk": loss}
 
-
-# ------------------------------------------------------------------------------------------------------------
 
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
@@ -182,7 +176,6 @@ def main():
             networks["encoder"].start_decoder(networks["decoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions,
                                         config.p_start, run.rank, run.world_size)
-        t = t.to(run.device, non_blocking=True)         # a copy that waits would wait for the last step
         counts = run.sum(count_terms(x, y, t, config, data.pad))
         for i, rows in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             if step < trunk_end:                # without DDP, which waits for the gradients of all networks
