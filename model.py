@@ -183,7 +183,7 @@ class Transformer(nn.Module):
 class Encoder(nn.Module):
     """E_phi: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers].
 
-    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), anew for each t. The memory at t depends on x_{<=t}
+    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), anew for each t. The memory depends on x_{<=t}
     alone. PAD before the first token makes all inputs equally long, without a mask. m_empty = E([PAD] * Tc).
     """
 

@@ -298,7 +298,7 @@ def begin(run, data, networks, optimizers, fixed=()):
         load_weights(networks, checkpoint, config, run.checkpoint_path)
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                own = optimizer.state_dict()["param_groups"]        # rates and decays are those of this code
+                own = optimizer.state_dict()["param_groups"]        # with our rates
                 if [group["params"] for group in own] != [group["params"] for group in state["param_groups"]]:
                     raise ValueError("other parameters")
                 optimizer.load_state_dict({"state": state["state"], "param_groups": own})
@@ -393,7 +393,7 @@ def distribute(networks, loss, run, parts=()):
 
 
 def micro_step(module, last):
-    """Context of one micro-batch, forward and backward: DDP exchanges gradients in the last of a step only."""
+    """Context of one micro-batch, forward and backward: DDP exchanges gradients in the last of a step."""
     return nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()
 
 

@@ -12,7 +12,7 @@ META = dict(name=str, kind=str, vocab_size=int, first_token=(int, type(None)), l
 def check_meta(meta):
     """ValueError, TypeError, KeyError or AttributeError unless a meta.json has what loading, sampling and
     evaluating need."""
-    wrong = [key for key, kind in META.items() if not isinstance(meta[key], kind) or isinstance(meta[key], bool)]
+    wrong = [key for key, kind in META.items() if not isinstance(meta[key], kind) or meta[key] is True]
     kind, V, first, longest = (meta[key] for key in ("kind", "vocab_size", "first_token", "longest_document"))
     counts = [meta["counts"][split][what] for split in ("train", "val") for what in ("tokens", "documents")]
     valid = {"vocab_size": 2 <= V <= 256,
@@ -36,7 +36,7 @@ def check_meta(meta):
 
 
 def load_split(folder, meta, split):
-    """tokens (N,) uint8, targets (N,) uint8 or None, starts (D,) int64 of a split. ValueError if it is damaged."""
+    """tokens (N,) uint8, targets (N,) uint8 or None, starts (D,) int64 of a split. ValueError if damaged."""
     n_tokens, n_documents = (meta["counts"][split][what] for what in ("tokens", "documents"))
     V = meta["vocab_size"]
     tokens = map_bin(folder / f"{split}.bin", n_tokens)

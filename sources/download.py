@@ -99,8 +99,8 @@ def fetch(file, mirrors, folder):
             reason = getattr(error, "reason", error)                 # URLError wraps the OSError that says it
             failures.append(f"{urlsplit(mirror).netloc}: {getattr(reason, 'strerror', None) or reason}")
     if not path.exists():
-        raise DataError(f"cannot download {file} ({'; '.join(failures)}): try again, which goes on where this "
-                        "stopped, or get it in another way and pass --source=FOLDER")
+        raise DataError(f"cannot download {file} ({'; '.join(failures)}): try again, it goes on from there, "
+                        "or get it in another way and pass --source=FOLDER")
     return path
 
 

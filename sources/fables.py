@@ -3,7 +3,7 @@ known too.
 
     python data.py --dataset=fables                        # prepare the data set that training uses
     python -c "from sources import fables; print(fables.examples(3))"   # read a few stories
-    python -c "from sources import fables; print(fables.statistics())"  # the floor: nats that no model can beat
+    python -c "from sources import fables; print(fables.statistics())"  # the floor: no model can beat it
 
 A grammar maps names to choices. A choice is {text: weight}, or Given(another choice, {its text: {text:
 weight}}). A text may mention choices as {name}: the first mention in a story draws the choice, every later
@@ -213,7 +213,7 @@ def facts(story):
     return {name: known[name] for name in FACTS}
 
 
-# Of each fact that comes back: the sentence that tells it, what it looks like there, and in the last sentence.
+# Of each fact that comes back: the sentence that tells it, what it looks like there, and in the end.
 HOME = r"\b((?:by|in|on|near|at) the \w+)"
 COLOURS, VERBS = "|".join(GRAMMAR["colour"]), "|".join(dict.fromkeys([*USES.values(), "kept"]))
 RETURNING = {
@@ -297,7 +297,8 @@ def statistics(grammar=GRAMMAR, facts=FACTS):
     entropy_per_story      the sum of the entropies of the choices
     mean_length            characters of a story + 1 for its end
     fact_share             the part of the entropy that is spent on the choices that come back, `facts`
-    forgetting_cost        what a model pays per character on top of the floor if it knows the grammar, but has to guess
+    forgetting_cost        what a model pays per character on top of the floor if it knows the
+                           grammar, but guesses
                            each fact from its overall frequencies whenever the fact comes back
     """
     entropy = {name: sum(-p * math.log(options(grammar, name, now)[now[name]])

@@ -159,7 +159,7 @@ def summary(meta, folder):
         lines.append(f"{split:<6}{count['tokens']:>16,}{count['documents']:>14,}{count['bytes']:>16,}")
     if "statistics" in meta:
         known = meta["statistics"]
-        lines += [f"entropy {known['entropy_per_character']:.4f} nats per character: no model can beat this loss",
+        lines += [f"entropy {known['entropy_per_character']:.4f} nats per character: no loss can be lower",
                   f"{known['fact_share']:.1%} of it are facts that come back later; to forget them costs "
                   f"{known['forgetting_cost']:.4f} nats per character more"]
     return "\n".join(lines)

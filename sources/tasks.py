@@ -106,7 +106,7 @@ def keyvalue(rng, n_tokens, *, symbols=8, keys=4, key_length=2, value_length=2):
         check(value >= 1, f"{name} must be at least 1, not {value}")
     check(key_length * math.log2(symbols) < 62, f"keys of {key_length} symbols out of {symbols} are too long")
     n_possible = symbols ** key_length
-    check(keys <= n_possible, f"only {n_possible} keys of {key_length} symbols out of {symbols} exist, not {keys}")
+    check(keys <= n_possible, f"{symbols} symbols make {n_possible} keys of length {key_length}, not {keys}")
     tokens_each = (keys + 1) * (key_length + value_length)  # a marker more, the answer's last symbol less
     size = draw_sizes(rng, n_tokens, (tokens_each, tokens_each), shortest=tokens_each)
 
@@ -115,7 +115,7 @@ def keyvalue(rng, n_tokens, *, symbols=8, keys=4, key_length=2, value_length=2):
         drawn = rng.integers(last + 1, size=len(size))
         key[:, i] = np.where((key[:, :i] == drawn[:, None]).any(1), last, drawn)
     key = rng.permuted(key, axis=1)
-    key = key[:, :, None] // symbols ** np.arange(key_length) % symbols                     # (D, keys, key_length)
+    key = key[:, :, None] // symbols ** np.arange(key_length) % symbols                # (D, keys, key_length)
     value = rng.integers(symbols, size=(len(size), keys, value_length), dtype=np.uint8)
     key = key.astype(np.uint8)
     pairs = np.concatenate([key, value], 2).reshape(len(size), -1)

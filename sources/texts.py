@@ -58,8 +58,8 @@ def stories(path):
     line = f"{path.name}: {n_stories:,} stories"
     if n_dropped:
         often = " ".join(repr(character)[1:-1] for character, _ in dropped.most_common(5))
-        line += (f"; of {n_characters:,} characters {n_dropped:,} ({n_dropped / n_characters:.2%}) are not ASCII "
-                 f"and are dropped, most often {often}")
+        line += (f"; of {n_characters:,} characters {n_dropped:,} ({n_dropped / n_characters:.2%}) are not "
+                 f"ASCII and are dropped, most often {often}")
     print(line)
 
 
@@ -118,7 +118,7 @@ def write_text(folder, source):
     if size < 3:
         raise DataError(f"{source} is empty: there is nothing to learn from")
     with open(train, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        cut = text.rfind(b"\n", size // 2, size * 9 // 10) + 1 or size * 9 // 10    # after a line, if possible
+        cut = text.rfind(b"\n", size // 2, size * 9 // 10) + 1 or size * 9 // 10    # after a line, if any
         with open(val, "wb") as out:
             out.write(b"\n")
             for i in range(cut, size, CHUNK):
