@@ -298,8 +298,7 @@ def statistics(grammar=GRAMMAR, facts=FACTS):
     mean_length            characters of a story + 1 for its end
     fact_share             the part of the entropy that is spent on the choices that come back, `facts`
     forgetting_cost        what a model pays per character on top of the floor if it knows the
-                           grammar, but guesses
-                           each fact from its overall frequencies whenever the fact comes back
+                           grammar, but guesses each fact from its overall frequencies when it comes back
     """
     entropy = {name: sum(-p * math.log(options(grammar, name, now)[now[name]])
                          for p, now in outcomes(grammar, name, {})) for name in grammar}
