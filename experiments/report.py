@@ -161,10 +161,13 @@ STORY_LENGTH = 400      # tokens of a generated story, at most
 def baseline_stories(module, count, temperature, seed):
     """sample.complete_stories for a baseline, which reads the whole story anew for each token of it."""
     rows = torch.zeros(count, 1, dtype=torch.long, device=module.head.weight.device)
-    generators = seeded(seed, count)
-    while rows.shape[1] <= STORY_LENGTH and not (rows[:, 1:] == fables.SEPARATOR).any(1).all():
-        token = choose(module(rows)[:, -1], temperature, 0, generators)
-        rows = torch.cat([rows, token[:, None]], dim=1)
+    alive, generators = torch.arange(count, device=rows.device), seeded(seed, count)
+    while len(alive) and rows.shape[1] <= STORY_LENGTH:
+        token = torch.full_like(rows[:, :1], fables.SEPARATOR)
+        own = [generators[i] for i in alive.tolist()]
+        token[alive, 0] = choose(module(rows[alive])[:, -1], temperature, 0, own)
+        rows = torch.cat([rows, token], dim=1)
+        alive = alive[token[alive, 0] != fables.SEPARATOR]
     return [bytes(row[1:].tolist()).split(b"\0")[0].decode("ascii", "replace") for row in rows]
 
 
