@@ -214,7 +214,7 @@ def word_of(fact, facts):
 
 def test_facts_are_kept_in_every_story_and_lost_when_their_last_word_changes():
     seen = Counter()
-    for story in stories(250, seed=2):
+    for story in stories(150, seed=2):
         facts, last, kept = fables.facts(story), fables.sentences(story)[-1], fables.kept(story)
         home = last.startswith("In the")                # an ending that names the den, and no friend
         assert all(kept.values()) and set(kept) == set(fables.RETURNING) - {"friend" if home else "animal"}
@@ -226,7 +226,7 @@ def test_facts_are_kept_in_every_story_and_lost_when_their_last_word_changes():
                 changed = story[:place] + other + story[place + len(word):]
                 assert fables.kept(changed) == kept | {fact: False}, changed
         seen.update(kept)
-    assert set(seen) == set(fables.RETURNING) and min(seen.values()) > 25
+    assert set(seen) == set(fables.RETURNING) and min(seen.values()) > 15
 
 
 def test_kept_takes_any_text():

@@ -369,7 +369,7 @@ def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_di
         " ".join([stage, *case, f"--out_dir={tmp_path / name}-2"]) for name, (stage, case) in cases.items()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                tmp_path / "driver.py", tmp_path / "runs"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300,
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     for name, (stage, case) in cases.items():
