@@ -518,8 +518,9 @@ def draw_compute(_, series, colours, meta):
               "seconds": "seconds of training"}
     picture, axes = canvas(f"{meta['name']}: held-out loss during training", 3, width=11)
     for axis, (key, xlabel) in zip(axes, labels.items()):
-        draw_lines(axis, series[key], colours, xlabel, f"held-out {NATS}", xscale="log")
+        draw_lines(axis, series[key], colours, xlabel, f"held-out {NATS}", xscale="log", yscale="log")
         few_ticks(axis.xaxis, EngFormatter(sep=""))
+        few_ticks(axis.yaxis)
         if "statistics" in meta:
             floor = meta["statistics"]["entropy_per_character"]
             axis.axhline(floor, color="grey", linewidth=0.8, label="entropy: no model is better")

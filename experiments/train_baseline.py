@@ -60,7 +60,7 @@ class Config(BaselineConfig, RunConfig):
 TASK = dict(batch_size=64, max_iters=1000, lr=1e-3)
 TEXT = dict(d_model=128, layers=6, hidden=464, context_len=256, seq_len=256, p_start=0.5)
 PRESETS = {
-    "tiny": dict(d_model=136, layers=3, hidden=328, context_len=220, seq_len=220, p_start=0.9, batch_size=16,
+    "tiny": dict(d_model=192, layers=3, hidden=472, context_len=220, seq_len=220, p_start=0.9, batch_size=16,
                  max_iters=1500, lr=3e-3, eval_interval=300, log_interval=50),
     "small": dict(d_model=240, layers=4, hidden=712, batch_size=64, max_iters=20_000, lr=1e-3,
                   eval_interval=1000, log_interval=50),
