@@ -117,7 +117,10 @@ def state(run, root, scale):
     if not all((here / name).exists() for name in ("config.json", "ckpt.pt")):
         return "new"
     settings = resolve(run.stage, flags_of(run, root, scale))
-    if json.loads((here / "config.json").read_text()) | {"resume": "no"} != settings:
+    flags = json.loads((here / "config.json").read_text()) | {"resume": "no"}
+    if settings.get("seq_len") == 0:                # DMT writes the length that it has taken over from SMT
+        flags["seq_len"] = 0
+    if flags != settings:
         return "new"
     last = (log_of(run, root) or [{}])[-1]
     return "done" if last.get("step") == settings["max_iters"] and "val_rnn_loss" in last else "begun"

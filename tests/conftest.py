@@ -17,6 +17,7 @@ from lib.cli import run_main
 from sources.prepare import prepare
 
 signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)                # nohup ignores it
 os.environ.pop("TORCHELASTIC_RESTART_COUNT", None)
 
 BPTT_SIZES = ["--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_tokens=2",
