@@ -264,7 +264,8 @@ def start(config, stage):
     resume = there and (config.resume != "no" or restarted)
     run = Run(config, stage, device, rank, world_size, out_dir, resume, compiles)
     threads = torch.get_num_threads()
-    run.print(f"{stage}: {config.dataset}, preset {config.preset}, {device} ({threads} threads), "
+    machine = {"tiny": "for a CPU", "small": "for a small GPU", "paper": "for a GPU"}.get(config.preset)
+    run.print(f"{stage}: {config.dataset}, preset {config.preset} ({machine}), {device} ({threads} threads), "
               f"{'bf16' if device.type == 'cuda' else 'float32'}, compile {'on' if compiles else 'off'}, "
               f"{world_size} process{'es' if world_size > 1 else ''}, writes {run.out_dir}")
     if failure:
