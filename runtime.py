@@ -248,8 +248,8 @@ def start(config, stage):
         raise UsageError(f"--batch_size={config.batch_size} must be a multiple of processes x grad_accum "
                          f"= {world_size} x {config.grad_accum}")
     if world_size > 1 and not dist.is_initialized():
-        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=own)
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
     torch.manual_seed(config.seed % 2**63)
 
     by_default = device.type == "cuda" and config.preset != "tiny"
@@ -282,7 +282,7 @@ def begin(run, data, networks, optimizers, fixed=()):
     again. UsageError where a size of the networks or one of the flags `fixed` has changed. Another run in the
     same folder is moved, not replaced.
     """
-    config, step, kept, flags = run.config, 0, [], dataclasses.asdict(run.config)
+    config, step, lines, flags = run.config, 0, [], dataclasses.asdict(run.config)
     log = run.out_dir / "metrics.jsonl"
     if run.resume:
         lock_folder(run)
@@ -299,14 +299,14 @@ def begin(run, data, networks, optimizers, fixed=()):
         load_weights(networks, checkpoint, config, run.checkpoint_path)
         try:
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                own = optimizer.state_dict()["param_groups"]        # with our rates
-                if [group["params"] for group in own] != [group["params"] for group in state["param_groups"]]:
+                groups = optimizer.state_dict()["param_groups"]         # with our rates
+                if [g["params"] for g in groups] != [g["params"] for g in state["param_groups"]]:
                     raise ValueError("other parameters")
-                optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+                optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
         except (KeyError, ValueError, TypeError, AttributeError):
             raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
         run.since, run.first_step = {"step": step, **run.spent}, step
-        kept = [line for line in read_log(log)          # the evaluation at this step is made anew
+        lines = [line for line in read_log(log)          # the evaluation at this step is made anew
                 if line["step"] < step or line["step"] == step and "train_loss" in line]
         run.print("; ".join([f"resumed at step {step}", *changed.values()]))
     else:
@@ -326,7 +326,7 @@ def begin(run, data, networks, optimizers, fixed=()):
         for leftover in run.out_dir.glob(".*.tmp"):     # of a killed process
             leftover.unlink()
         for path, text in {run.out_dir / "config.json": json.dumps(flags, indent=1) + "\n",
-                           log: "".join(json.dumps(line) + "\n" for line in kept)}.items():
+                           log: "".join(json.dumps(line) + "\n" for line in lines)}.items():
             write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
         if sys.stderr and sys.stderr.isatty():
             run.bar = tqdm(total=config.max_iters, initial=step, desc=run.stage, unit="step")

@@ -86,8 +86,8 @@ def restore(checkpoint, device="cpu"):
 def find_checkpoint(ckpt, dataset):
     """The given checkpoint, or the one of the data set's most finished run."""
     runs = [Path(f"runs/{dataset}-{stage}") for stage in ("dmt", "smt", "bptt")]
-    found = next((run for run in runs if (run / "ckpt.pt").exists()), runs[0])
-    return Path(ckpt).expanduser() if ckpt else found       # each of several in --ckpt=~/a,~/b
+    finished = next((run for run in runs if (run / "ckpt.pt").exists()), runs[0])
+    return Path(ckpt).expanduser() if ckpt else finished       # each of several in --ckpt=~/a,~/b
 
 
 def fields_of(cls, config):
@@ -112,10 +112,10 @@ def check_data(checkpoint, data, path, warn=None):
 def load_weights(networks, checkpoint, config, path):
     """Load the weights of those networks that a checkpoint has too. DataError where they do not fit."""
     weights = {"initial_memory": checkpoint["initial_memory"], **checkpoint["model"]}
-    own = networks.state_dict()
-    both = {name.split(".")[0] for name in own} & {name.split(".")[0] for name in weights}
-    here, given = ({name: w.shape for name, w in state.items() if name.split(".")[0] in both}
-                   for state in (own, weights))
+    state = networks.state_dict()
+    both = {name.split(".")[0] for name in state} & {name.split(".")[0] for name in weights}
+    here, given = ({name: w.shape for name, w in tensors.items() if name.split(".")[0] in both}
+                   for tensors in (state, weights))
     wrong = [name for name in here | given if here.get(name) != given.get(name)]
     for name in {"n_heads", "updater", "encoder"} & checkpoint["model_config"].keys():  # no shape shows these
         value = checkpoint["model_config"][name]

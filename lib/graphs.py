@@ -25,12 +25,12 @@ def captured(function):
                 output = function(module, *tensors)
             return output.clone()                       # outside: a normal tensor, which may enter a loss
         with torch.inference_mode(False), torch.no_grad():
-            known = graphs.setdefault(module, {})
+            captures = graphs.setdefault(module, {})
             shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
             key = torch.is_autocast_enabled(GRAPH_DEVICE), *shapes
-            if key not in known:
+            if key not in captures:
                 try:
-                    known[key] = capture(function, module, tensors)
+                    captures[key] = capture(function, module, tensors)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:           # slower is better than not at all
@@ -38,7 +38,7 @@ def captured(function):
                     print(f"note: no CUDA graphs, roll-outs are slow: {reason}", file=sys.stderr)
             if failed:
                 return function(module, *tensors).clone()
-            inputs, graph, output = known[key]
+            inputs, graph, output = captures[key]
             for own, given in zip(inputs, tensors, strict=True):
                 own.copy_(given)
             graph.replay()

@@ -72,10 +72,10 @@ def original_files(name, source, downloads):
         raise DataError(f"{source} is not a folder: --source of {name} is the folder that holds {wanted}")
     for file in FILES[name]:
         plain = file.removesuffix(".gz")
-        found = [folder / candidate for candidate in (plain, plain + ".gz") if (folder / candidate).is_file()]
-        if not found:
+        candidates = [folder / n for n in (plain, plain + ".gz") if (folder / n).is_file()]
+        if not candidates:
             raise DataError(f"{source} has no {plain}, neither plain nor as .gz; {name} is made of {wanted}")
-        paths.append(found[0])
+        paths.append(candidates[0])
     return paths
 
 

@@ -19,6 +19,7 @@ from sources.files import chunks, write_split
 GENERATED = ["fables", *tasks.TASKS]
 DATASETS = [*GENERATED, "tinystories", "mnist", "sketchy", "text"]
 NEEDS_SOURCE = {"sketchy": "the folder of pictures", "text": "the text file"}
+STATISTICS = "entropy_per_character", "fact_share", "forgetting_cost"     # of fables, in the summary
 TRAIN_TOKENS, VAL_TOKENS = 8_000_000, 500_000       # of generated data
 
 
@@ -83,9 +84,9 @@ def check_request(name, source, seed, train_tokens, val_tokens, options):
     if name not in DATASETS:
         raise UsageError(f"there is no data set {name!r}; all are {', '.join(DATASETS)}")
     options = {key: value for key, value in options.items() if value not in (None, "")}
-    known = list(tasks.OPTIONS.get(name, {}))
-    for key in options.keys() - known:
-        has = f"has {', '.join('--' + k for k in known)}" if known else "has no options of its own"
+    allowed = list(tasks.OPTIONS.get(name, {}))
+    for key in options.keys() - allowed:
+        has = f"has {', '.join('--' + k for k in allowed)}" if allowed else "has no options of its own"
         raise UsageError(f"{name} has no option --{key}; it {has}")
     if name in GENERATED and source:
         raise UsageError(f"{name} is generated: it takes no --source")
@@ -158,8 +159,8 @@ def summary(meta, folder):
     for split, count in meta["counts"].items():
         lines.append(f"{split:<6}{count['tokens']:>16,}{count['documents']:>14,}{count['bytes']:>16,}")
     if "statistics" in meta:
-        known = meta["statistics"]
-        lines += [f"entropy {known['entropy_per_character']:.4f} nats per character: no loss can be lower",
-                  f"{known['fact_share']:.1%} of it are facts that come back later; to forget them costs "
-                  f"{known['forgetting_cost']:.4f} nats per character more"]
+        floor, share, cost = (meta["statistics"][key] for key in STATISTICS)
+        lines += [f"entropy {floor:.4f} nats per character: no loss can be lower",
+                  f"{share:.1%} of it are facts that come back later; to forget them costs {cost:.4f} nats per "
+                  "character more"]
     return "\n".join(lines)

@@ -49,10 +49,10 @@ def stories(path):
         n_characters += len(text)
         if len(plain) < len(text):
             dropped.update(re.sub(r"[\0\n -~]", "", text))
-        found = [story for story in map(bytes.strip, plain.split(b"\0")) if story]
-        n_stories += len(found)
-        starts = np.cumsum([0] + [len(story) + 1 for story in found])[:-1]
-        yield b"".join(b"\0" + story for story in found), starts
+        whole = [story for story in map(bytes.strip, plain.split(b"\0")) if story]
+        n_stories += len(whole)
+        starts = np.cumsum([0] + [len(story) + 1 for story in whole])[:-1]
+        yield b"".join(b"\0" + story for story in whole), starts
     yield b"\0", []
     n_dropped = sum(dropped.values())
     line = f"{path.name}: {n_stories:,} stories"
@@ -163,13 +163,13 @@ def documents(path):
 
 def newlines(path, after_blank):
     """0, and every newline before a line with text, uint64; after_blank: only those after a blank line."""
-    found, before = [np.zeros(1, np.int64)], b"\x01\x01"                # two bytes of the past
+    starts, before = [np.zeros(1, np.int64)], b"\x01\x01"                # two bytes of the past
     for i, chunk in enumerate(chunks(path, packed=False)):
         text = np.frombuffer(before + chunk, np.uint8)          # the last byte waits for the next chunk
         last2, last, here, following = text[:-3], text[1:-2], text[2:-1], text[3:]
         at = (here == 10) & (following != 10) & (following != 13)
         if after_blank:
             at &= (last == 10) | ((last == 13) & (last2 == 10))     # the line that ends here is blank
-        found.append(np.flatnonzero(at) + i * CHUNK + 2 - len(before))
+        starts.append(np.flatnonzero(at) + i * CHUNK + 2 - len(before))
         before = (before + chunk)[-3:]
-    return np.unique(np.concatenate(found)).astype(np.uint64)
+    return np.unique(np.concatenate(starts)).astype(np.uint64)
