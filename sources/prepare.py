@@ -161,5 +161,5 @@ def summary(meta, folder):
     if "statistics" in meta:
         floor, share, cost = (meta["statistics"][key] for key in STATISTICS)
         lines += [f"entropy {floor:.4f} nats per character: no loss can be lower",
-                  f"{share:.1%} of it are facts that come back later; to forget them costs {cost:.4f} nats more"]
+                  f"{share:.1%} of it are facts that come back; to forget them costs {cost:.4f} nats more"]
     return "\n".join(lines)
