@@ -386,6 +386,15 @@ def test_a_signal_to_one_of_several_processes_starts_no_exchange_that_the_others
     assert calls == []
 
 
+def test_the_time_left_is_that_of_the_phase_whose_steps_were_timed(tmp_path, capsys):
+    config = runtime.RunConfig(max_iters=100, log_interval=1)
+    run = runtime.Run(config, "smt", torch.device("cpu"), 0, 1, tmp_path, False, False)
+    for step, phase in (10, True), (11, False):
+        run.count({"train_loss": torch.ones(())})
+        run.log_training(step, 5, torch.ones(()), 1e-3, phase_ends=(10,))
+        assert ("of this phase" in capsys.readouterr().out) == phase
+
+
 # ----------------------------------------------------------------------------------------------------------
 # CUDA graphs
 
