@@ -219,7 +219,8 @@ class Decoder(nn.Module):
 
     def forward(self, memory, x):
         n, h = x.shape[1], torch.cat([memory, self.embed(x)], dim=1)
-        h = self.transformer(h, attend_to_past, slice(None) if n else slice(-1, None))
+        outputs = slice(None) if n else slice(-1, None)         # the mask needs all queries or the last
+        h = self.transformer(h, attend_to_past, outputs)
         return self.predict(h[:, -n - 1:])
 
     def predict(self, h):
@@ -292,7 +293,7 @@ class Readout(nn.Module):
 
 
 def roll_out(updater, memory, x):
-    """Run the RNN over x (B, T) from memory (B, K, d): the memories (B, T, K, d), one by one."""
+    """Run the RNN over x (B, T) from memory (B, K, d): the memories (B, T, K, d) after each token."""
     memories = []
     for token in x.unbind(1):
         memory = updater(memory, token)
@@ -317,18 +318,18 @@ def roll_out_without_gradients(updater, memory, x):
 # Terms of the losses, as sums: the train scripts divide them by the counts of the global batch
 
 def cross_entropy(logits, y):
-    """Sum over the targets y (...) that are not IGNORE, of logits (..., V); in float32, unlike autocast's."""
+    """Sum over the targets y (...) that are not IGNORE, of logits (..., V); in float32 also under autocast."""
     logits = at_least_float32(logits).flatten(0, -2)
     return F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def squared_error(predicted, memories, valid):
-    """Sum over the valid transitions (..) of the mean squared error of predicted memories (.., K, d)."""
+    """Sum over the valid transitions (..) of MSE(predicted, memories), (.., K, d) each."""
     return ((predicted - memories).square().mean((-2, -1)) * valid).sum()
 
 
 def futures(x, y, t, future_len, pad):
-    """What the decoder reads, predicts at t (S,): x_{t+1..t+Tf-1} (B, S, Tf-1), y_{t..t+Tf-1} (B, S, Tf)."""
+    """The decoder's inputs x_{t+1..t+Tf-1} (B, S, Tf-1) and targets y_{t..t+Tf-1} (B, S, Tf) at t (S,)."""
     ahead = t[:, None] + torch.arange(future_len, device=t.device)
     future_y = F.pad(y, (0, future_len), value=IGNORE)[:, ahead]
     future_x = F.pad(x, (0, future_len), value=pad)[:, ahead[:, 1:]]
@@ -397,8 +398,7 @@ class CausalEncoder(nn.Module):
         d, slots = config.d_model, config.memory_tokens - 1
         self.pad, self.context_len = vocab_size, config.context_len
         self.embed = Stem(vocab_size + 1, d, config.conv_width)
-        length = config.context_len + config.memory_tokens
-        self.transformer = Transformer(config, config.encoder_layers, length)
+        self.transformer = Transformer(config, config.encoder_layers, config.context_len + 1)
         self.gate, self.present = nn.Linear(d, slots), nn.Linear(d, d, bias=False)
         self.gate.bias.data = -torch.linspace(2, 5, slots)      # at first the averages span 8 to 150 tokens
 

@@ -193,6 +193,7 @@ def load_data(meta, config):
 # ------------------------------------------------------------------------------------------------------------
 
 def warn(line):
+    """Print a line on stderr: stdout is for samples."""
     print(line, file=sys.stderr)
 
 

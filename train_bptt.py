@@ -71,7 +71,7 @@ def unroll(updater, memory, x, truncate=0):
 def bptt_loss(networks, x, y, count, truncate=0):
     """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}, through all steps or `truncate`.
 
-    x, y (B, T). These rows' share of the mean over the global batch, which has `count` targets.
+    x, y (B, T). A sum over these rows divided by the `count` of targets of the global batch.
     """
     start = normalise(networks.initial_memory).expand(len(x), -1, -1)
     memories = unroll(networks["updater"], start, x, truncate)

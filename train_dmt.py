@@ -111,8 +111,8 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
         L_dmt  = lambda_dyn L_dyn + L_read
 
     at the labelled steps: the memories before them (N, R, K, d), labels m_t (N, R, K, d), tokens and targets
-    x, y (N, R). Each term is these roll-outs' share of the mean over the global batch, with the denominators
-    counts (2,). Returns L_dmt, and the terms to log.
+    x, y (N, R). Each term is a sum over these roll-outs divided by the counts (2,) of the global batch, to be
+    summed over micro-batches. Returns L_dmt, and the terms to log.
     """
     counts = Counts(*counts.clamp(min=1))
     predicted = networks["updater"](before.flatten(0, 1), x.flatten()).view_as(labels)      # m_hat_t

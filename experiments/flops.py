@@ -65,6 +65,7 @@ def chain(*modules):
 
 
 def smt_step(config, data, trunk):
+    """A function that computes a step of SMT (trunk: of its first phase); FLOPs of its longest chain."""
     networks = model.build(config, data.vocab_size)
     x, y, t = draw(config, data, datasets.row_length(data, config.seq_len), config.positions)
     counts = train_smt.count_terms(x, y, t, config, data.pad)
@@ -78,6 +79,7 @@ def smt_step(config, data, trunk):
 
 
 def dmt_step(config, sizes, data):
+    """The same of an iteration of DMT; sizes: the fields of its ModelConfig, unset those of the source."""
     sizes, seq_len, source = sizes, config.seq_len, {"stage": "dmt", "config": vars(config)}
     while not (sizes and seq_len):                      # 0: as in SMT
         source = load(source_of(source))
@@ -97,6 +99,7 @@ def dmt_step(config, sizes, data):
 
 
 def bptt_step(config, data):
+    """The same of a step of BPTT."""
     networks = model.build(config, data.vocab_size, ("updater", "readout"))
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     x, y, _ = draw(config, data, T := datasets.row_length(data, config.seq_len))
@@ -107,6 +110,7 @@ def bptt_step(config, data):
 
 
 def baseline_step(config, data):
+    """The same of a step of a baseline."""
     networks = train_baseline.build(config, data.vocab_size).double()       # a float32 LSTM is not counted
     module = networks[config.model]
     x, y, _ = draw(config, data, T := datasets.row_length(data, config.seq_len))

@@ -291,6 +291,7 @@ class Config:
 
 
 def seeds_of(name, config):
+    """The seeds of an experiment, from SEED on: --seeds of them, unset as many as it asks for."""
     return [SEED + i for i in range(config.seeds or EXPERIMENTS[name].seeds)]
 
 

@@ -25,8 +25,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, mu, alike = group["lr"], group["momentum"], {}
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - mu)
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - mu)
                 alike.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, mu)))
             for shape, pairs in alike.items():              # matrices of one size in one call: many are small
                 steps = orthogonalise(torch.stack([step for _, step in pairs]))
