@@ -318,7 +318,7 @@ def roll_out_without_gradients(updater, memory, x):
 # Terms of the losses, as sums: the train scripts divide them by the counts of the global batch
 
 def cross_entropy(logits, y):
-    """Sum over the targets y (...) that are not IGNORE, of logits (..., V); in float32 also under autocast."""
+    """Sum over the targets y (...) that are not IGNORE, of logits (..., V); in float32 despite autocast."""
     logits = at_least_float32(logits).flatten(0, -2)
     return F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="sum")
 

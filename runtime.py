@@ -272,8 +272,8 @@ def start(config, stage):
     if failure:
         run.print(f"note: torch.compile does not work here, the run goes on without: {failure}")
     if config.preset == "paper" and device.type == "cpu":
-        run.print("note: the preset paper is made for a GPU: on 2 CPU cores a step of SMT takes 40 s, all of it "
-                  "70 days; --preset=tiny takes minutes")
+        run.print("note: the preset paper is made for a GPU: on 2 CPU cores a step of SMT takes 40 s, all of "
+                  "them 70 days; --preset=tiny takes minutes")
     return run
 
 
