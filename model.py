@@ -68,22 +68,22 @@ class ModelConfig(RNNConfig):
 # What the networks are made of
 
 def rope(positions, head_dim):
-    """Rotary position embedding (Su et al. 2021) of positions (n,): cos, signed sin (2, n, 1, head_dim).
+    """Rotary position embedding (Su et al. 2021) of positions (n,): cos, signed sin (2, n, 1, 1, head_dim).
 
     Component i of a head turns with component i + head_dim / 2. The slower half of these pairs does not turn:
     what they hold is found from any distance.
     """
     pair = torch.arange(head_dim // 2, device=positions.device)
     frequencies = torch.where(2 * pair < head_dim // 2, 10000.0 ** -(2 * pair / head_dim), 0.0)
-    angles = positions[:, None, None] * frequencies                                 # (n, 1, head_dim / 2)
+    angles = positions[:, None, None, None] * frequencies                        # (n, 1, 1, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
-def rotate(q, turns):
-    """Turn queries or keys q (B, n, h, head_dim) by the angles of their positions, turns of `rope`."""
+def rotate(qk, turns):
+    """Turn queries and keys qk (B, n, 2, h, head_dim) by the angles of their positions, turns of `rope`."""
     cos, sin = turns
-    return (q * cos + q.roll(q.shape[-1] // 2, -1) * sin).type_as(q)
+    return (qk * cos + qk.roll(qk.shape[-1] // 2, -1) * sin).type_as(qk)
 
 
 def normalise(memory):
@@ -132,8 +132,8 @@ class Block(nn.Module):
     def forward(self, h, turns, attend, outputs=slice(None)):
         """(B, n, d) -> the tokens in the slice `outputs`, after attention to all n."""
         qkv = self.qkv(self.attention_norm(h)).unflatten(-1, (3, self.n_heads, -1))
-        q, k, v = qkv.unbind(2)                                                     # (B, n, h, d / h) each
-        q, k, v = (part.transpose(1, 2) for part in (rotate(q, turns)[:, outputs], rotate(k, turns), v))
+        (q, k), v = rotate(qkv[:, :, :2], turns).unbind(2), qkv[:, :, 2]            # (B, n, h, d / h) each
+        q, k, v = (part.transpose(1, 2) for part in (q[:, outputs], k, v))
         h = h[:, outputs]
         h = h + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
         return h + self.down(F.gelu(self.up(self.mlp_norm(h))))

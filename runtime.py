@@ -226,6 +226,7 @@ def choose_device(name, local_rank=0):
     return device
 
 
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP     # a run saves before it ends
 COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT has several shapes
 
 
@@ -233,10 +234,23 @@ def compile_failure(device):
     """Why torch.compile fails here, in a line, "" if it works: it needs a C++ compiler, on CUDA Triton."""
     torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
     try:
+        if device.type == "cuda":
+            start_compile_workers()
         torch.compile(torch.square)(torch.ones(8, device=device))
         return ""
     except Exception as error:  # noqa: BLE001  compilers fail in many ways
         return " ".join(str(error).split())[:120]
+
+
+def start_compile_workers():
+    """Start the processes in which torch.compile builds kernels for a GPU, deaf to the signals that stop a run.
+
+    A signal to all processes of a run would end them too, and the run would wait for them forever.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    known = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)         # which they inherit
+    AsyncCompile.warm_pool()
+    signal.pthread_sigmask(signal.SIG_SETMASK, known)
 
 
 def start(config, stage):
@@ -336,7 +350,7 @@ def begin(run, data, networks, optimizers, fixed=()):
     def ask_to_stop(number, _):
         run.signal = number
         signal.signal(number, signal.SIG_DFL)           # a second one ends the process at once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):    # from here on there is something to save
+    for number in STOPS:                                # from here on there is something to save
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, ask_to_stop)
     return step
@@ -382,7 +396,8 @@ def distribute(networks, loss, run, parts=()):
     """LossModule, wrapped for DDP where there are several processes and compiled where --compile says so.
 
     parts: names of networks to compile instead of the whole, for a loss that calls them so often that it
-    compiles for too long.
+    compiles for too long. On CUDA the compiled step is a CUDA graph: a step has a thousand kernels, which take
+    longer to launch than to run. Not where gradients are summed over micro-batches: a graph overwrites them.
     """
     module = LossModule(networks, loss)
     for name in parts if run.compile else ():
@@ -392,7 +407,10 @@ def distribute(networks, loss, run, parts=()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 renames broadcast_buffers
             module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-    return torch.compile(module, dynamic=False) if run.compile and not parts else module
+    if not run.compile or parts:
+        return module
+    graphs = run.device.type == "cuda" and run.world_size == run.config.grad_accum == 1
+    return torch.compile(module, dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
 def micro_step(module, last):

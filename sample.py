@@ -10,6 +10,7 @@
 Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many
 came before.
 """
+import functools
 import math
 import sys
 import time
@@ -23,10 +24,13 @@ from tqdm import tqdm
 import data as datasets
 from lib.checkpoints import check_data, find_checkpoint, load, newer_source, restore
 from lib.cli import UsageError, check_fields, parse, run_main
-from model import IGNORE, roll_out_without_gradients
+from lib.graphs import captured
+from model import IGNORE, at_least_float32, roll_out_without_gradients
 from runtime import choose_device, duration
 
 READ = 4096     # tokens of a prompt read at once: their memories take up space, the last one alone is kept
+DRAWN = 64      # tokens for which noise is drawn at once
+COLDEST = 1e-30     # temperature; below, float32 overflows
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,26 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------
 # Generation
 
-def choose(logits, temperature, top_k, generators):
-    """One token for each row of logits (B, V) -> (B,), row i with generators[i], drawn on the CPU."""
+def choose(logits, temperature, top_k, noise):
+    """One token for each row of logits (B, V) -> (B,), drawn from softmax(logits / temperature).
+
+    The likeliest one after standard Gumbel noise (B, V) was added: the Gumbel-max trick.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    scores = logits.double().cpu()
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature         # finite at any temperature
-    probabilities = scores.softmax(-1)
-    drawn = [torch.multinomial(p, 1, generator=generator) for p, generator in zip(probabilities, generators)]
-    return torch.cat(drawn).to(logits.device)
+    scores = at_least_float32(logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)
+    return (scores + noise).argmax(-1)
+
+
+def gumbel(generators, vocab_size, device):
+    """Endlessly standard Gumbel noise (B, V) for the next token, row i from generators[i], on a device."""
+    while True:
+        drawn = [torch.empty(DRAWN, vocab_size).exponential_(generator=generator) for generator in generators]
+        noise = -torch.stack(drawn, dim=1).clamp(min=torch.finfo(torch.float32).tiny).log()
+        yield from noise.to(device, non_blocking=True)
 
 
 @torch.inference_mode()
@@ -81,13 +93,22 @@ def read(networks, memory, tokens):
     return memory
 
 
-@torch.inference_mode()
+@functools.cache
+def drawing_step(temperature, top_k):
+    """step(networks, memory (B, K, d), noise (B, V)) -> the next token (B,), the memory after it; on CUDA a
+    graph."""
+    def step(networks, memory, noise):
+        token = choose(networks["readout"](memory), temperature, top_k, noise)
+        return token, networks["updater"](memory, token)
+    return captured(step)
+
+
 def generate(networks, memory, temperature, top_k, generators):
-    """Endlessly: predict a token from the memory (B, K, d), draw it, yield it (B,), read it."""
-    while True:
-        token = choose(networks["readout"](memory), temperature, top_k, generators)
+    """Endlessly: predict a token from the memory (B, K, d), draw it, read it, yield it (B,)."""
+    step = drawing_step(temperature, top_k)
+    for noise in gumbel(generators, networks["readout"].head.out_features, memory.device):
+        token, memory = step(networks, memory, noise)
         yield token
-        memory = read(networks, memory, token[:, None])
 
 
 def seeded(seed, count):
@@ -169,12 +190,13 @@ def answer(networks, initial_memory, meta, config):
     """Ask held-out questions: a line for the document, one for the answers, one for the truth."""
     n, length = config.num_samples or 10, meta["longest_document"]
     x, y = datasets.held_out(load_data(meta, config), n, length, config.seed)
-    memory, answers, generators = initial_memory.expand(n, -1, -1), [], seeded(config.seed, n)
+    memory, answers = initial_memory.expand(n, -1, -1), []
+    noise = gumbel(seeded(config.seed, n), meta["vocab_size"], initial_memory.device)
     with torch.inference_mode():
         for token in x.to(initial_memory.device).unbind(1):
             memory = read(networks, memory, token[:, None])
             logits = networks["readout"](memory)
-            answers.append(choose(logits, config.temperature, config.top_k, generators).cpu())
+            answers.append(choose(logits, config.temperature, config.top_k, next(noise)).cpu())
     answers, valid = torch.stack(answers, dim=1), y != IGNORE
     for i in range(len(x)):
         print("question ", datasets.decode(x[i], meta))

@@ -13,8 +13,9 @@ def captured(function):
 
     A step of an RNN is hundreds of small kernels that take longer to launch than to run: a graph is one
     launch of all of them. The graph reads the module's parameters where they are: they may change in place,
-    but must not be replaced. function must not synchronise or draw random numbers, and returns a tensor. On
-    devices without graphs it is called as it is; so is it once a capture has failed, with a line on stderr.
+    but must not be replaced. function must not synchronise or draw random numbers, and returns a tensor or
+    a tuple of tensors. On devices without graphs it is called as it is; so is it once a capture has failed,
+    with a line on stderr.
     """
     graphs, failed = weakref.WeakKeyDictionary(), False     # module -> {shapes: (inputs, graph, output)}
 
@@ -23,7 +24,7 @@ def captured(function):
         if failed or tensors[0].device.type != GRAPH_DEVICE:
             with torch.inference_mode():
                 output = function(module, *tensors)
-            return output.clone()                       # outside: a normal tensor, which may enter a loss
+            return copy_of(output)                      # outside: normal tensors, which may enter a loss
         with torch.inference_mode(False), torch.no_grad():
             captures = graphs.setdefault(module, {})
             shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
@@ -35,15 +36,20 @@ def captured(function):
                     raise
                 except RuntimeError as error:           # slower is better than not at all
                     failed, reason = True, (str(error).splitlines() or [""])[0]
-                    print(f"note: no CUDA graphs, roll-outs are slow: {reason}", file=sys.stderr)
+                    print(f"note: no CUDA graphs, the RNN is slow: {reason}", file=sys.stderr)
             if failed:
-                return function(module, *tensors).clone()
+                return copy_of(function(module, *tensors))
             inputs, graph, output = captures[key]
             for own, given in zip(inputs, tensors, strict=True):
                 own.copy_(given)
             graph.replay()
-            return output.clone()
+            return copy_of(output)
     return call
+
+
+def copy_of(output):
+    """A copy of a tensor, or of a tuple of tensors."""
+    return tuple(map(torch.clone, output)) if isinstance(output, tuple) else output.clone()
 
 
 def capture(function, module, tensors):

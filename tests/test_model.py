@@ -86,9 +86,9 @@ def same_gradients(ours, theirs, parameters, tolerance):
 @pytest.mark.parametrize("head_dim", [2, 4, 8])
 def test_rotation_and_its_gradients_equal_a_loop_over_pairs_compiled_or_not(head_dim):
     positions = [0, 1, 2, 5, 9, 20]
-    q = torch.randn(2, 6, 3, head_dim, dtype=torch.float64, requires_grad=True)
-    expected = torch.stack([torch.stack([torch.stack([turned(head, position) for head in heads])
-                                         for heads, position in zip(row, positions)]) for row in q])
+    q = torch.randn(2, 6, 2, 3, head_dim, dtype=torch.float64, requires_grad=True)
+    expected = torch.stack([torch.stack([torch.stack([turned(head, position) for head in heads.flatten(0, 1)])
+                                         for heads, position in zip(row, positions)]) for row in q]).view_as(q)
     turns = model.rope(torch.tensor(positions).double(), head_dim)
     for rotate in (model.rotate, torch.compile(model.rotate, backend="eager", fullgraph=True)):
         same_gradients(rotate(q, turns), expected, [q], 1e-6)       # float32 frequencies
@@ -96,7 +96,7 @@ def test_rotation_and_its_gradients_equal_a_loop_over_pairs_compiled_or_not(head
 
 def test_the_slower_half_of_the_pairs_of_a_head_does_not_turn_with_the_position():
     for head_dim, turning in ((2, 1), (4, 1), (6, 2), (16, 4)):
-        cos, sin = model.rope(torch.tensor([0, 1, 7, 3000]), head_dim)[:, :, 0]
+        cos, sin = model.rope(torch.tensor([0, 1, 7, 3000]), head_dim)[:, :, 0, 0]
         for half in (slice(head_dim // 2), slice(head_dim // 2, None)):
             assert (cos[:, half][:, turning:] == 1).all() and (sin[:, half][:, turning:] == 0).all()
             assert (sin[1:, half][:, :turning] != 0).all()

@@ -14,7 +14,7 @@ import train_bptt
 import train_dmt
 from lib.checkpoints import load, restore
 from model import ModelConfig, build
-from sample import choose, complete_stories, generate, seeded
+from sample import complete_stories, generate, gumbel, seeded
 
 
 @pytest.fixture
@@ -29,6 +29,10 @@ def ask(smt_run, data_dir):
 
 # ----------------------------------------------------------------------------------------------------------
 # Choosing a token
+
+def choose(logits, temperature, top_k, generators):
+    return sample.choose(logits, temperature, top_k, next(gumbel(generators, logits.shape[1], "cpu")))
+
 
 def test_choice_follows_the_distribution_and_the_temperature():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(2_000, 3)
