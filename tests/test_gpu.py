@@ -193,6 +193,26 @@ def test_a_loss_is_one_graph_which_a_second_step_does_not_compile_again(name):
     assert len(compiled) == 1
 
 
+COMPILING = """
+import os, signal, time, runtime
+signal.signal(signal.SIGTERM, lambda *_: None)
+runtime.start_compile_workers()
+from torch._inductor.async_compile import AsyncCompile
+workers = AsyncCompile.process_pool()
+workers.submit(time.sleep, 0).result()          # they run
+job = workers.submit(time.sleep, 1)
+os.killpg(0, signal.SIGTERM)
+job.result(timeout=60)
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="torch.compile has no workers for a single core")
+def test_a_signal_to_all_processes_of_a_run_does_not_end_those_it_waits_for_to_compile():
+    process = subprocess.run([sys.executable, "-c", COMPILING], cwd=ROOT, start_new_session=True, timeout=300,
+                             capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------
 # bf16
 

@@ -87,8 +87,9 @@ def same_gradients(ours, theirs, parameters, tolerance):
 def test_rotation_and_its_gradients_equal_a_loop_over_pairs_compiled_or_not(head_dim):
     positions = [0, 1, 2, 5, 9, 20]
     q = torch.randn(2, 6, 2, 3, head_dim, dtype=torch.float64, requires_grad=True)
-    expected = torch.stack([torch.stack([torch.stack([turned(head, position) for head in heads.flatten(0, 1)])
-                                         for heads, position in zip(row, positions)]) for row in q]).view_as(q)
+    expected = torch.stack([torch.stack([torch.stack([turned(head, position) for head in heads])
+                                         for heads, position in zip(row, positions)])
+                            for row in q.flatten(2, 3)]).view_as(q)
     turns = model.rope(torch.tensor(positions).double(), head_dim)
     for rotate in (model.rotate, torch.compile(model.rotate, backend="eager", fullgraph=True)):
         same_gradients(rotate(q, turns), expected, [q], 1e-6)       # float32 frequencies
