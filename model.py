@@ -231,8 +231,10 @@ class Decoder(nn.Module):
 class Updater(nn.Module):
     """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
 
-    transformer: bidirectional over [memory, token]; mlp: a residual MLP on both, flattened. In either a gate
-    says how much of each memory token is replaced. gru: a GRU cell whose state is the flattened memory.
+    transformer: bidirectional over [memory, token]; of the change it proposes a share is made, learned for
+    each channel (LayerScale, Touvron et al. 2021). mlp: a residual MLP on both, flattened; a gate says how
+    much of each memory token is replaced. Both begin as the identity and change little at first: most of a
+    memory stays in a step. gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):
@@ -242,6 +244,7 @@ class Updater(nn.Module):
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
             self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)
+            self.share = nn.Parameter(torch.full((d,), 0.1))    # a gate closes before f has learned
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(
                 nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, size), nn.GELU(),
@@ -249,11 +252,10 @@ class Updater(nn.Module):
             for layer in self.layers:
                 nn.init.zeros_(layer[-1].weight)
                 nn.init.zeros_(layer[-1].bias)
+            self.gate = nn.Linear(d, 1)
+            nn.init.constant_(self.gate.bias, -1.0)             # rather closed
         else:
             self.input, self.hidden = nn.Linear(d, 3 * size), nn.Linear(size, 3 * size)
-        if self.kind != "gru":
-            self.gate = nn.Linear(d, 1)
-            nn.init.constant_(self.gate.bias, -1.0)     # rather closed: most of a memory stays in a step
 
     def forward(self, memory, x):
         token = self.embed(x)
@@ -266,13 +268,14 @@ class Updater(nn.Module):
                 return normalise(state.view_as(memory))
         if self.kind == "transformer":
             h = torch.cat([memory, token[:, None]], dim=1)
-            h = self.transformer(h, attend_to_all, slice(memory.shape[1]))
+            h, share = self.transformer(h, attend_to_all, slice(memory.shape[1])), self.share
         else:
             h = memory.flatten(1)
             for layer in self.layers:
                 h = h + layer(torch.cat([h, token], dim=1))
             h = h.view_as(memory)
-        return normalise(memory + self.gate(h).sigmoid() * (h - memory))
+            share = self.gate(h).sigmoid()
+        return normalise(memory + share * (h - memory))
 
 
 class Readout(nn.Module):

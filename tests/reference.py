@@ -108,13 +108,14 @@ def reference_updater(updater, memory, x):
     if updater.kind == "transformer":
         h = torch.cat([memory, token[None]])
         h = reference_transformer(updater.transformer, h, range(K + 1), [range(K + 1)] * (K + 1))[:K]
+        shares = [updater.share] * K
     else:
         for norm, up, _, down in updater.layers:
             hidden = gelu(up.weight @ rms_norm(torch.cat([state, token]), norm.weight) + up.bias)
             state = state + down.weight @ hidden + down.bias
         h = state.view(K, d)
-    gates = [torch.sigmoid(updater.gate.weight[0] @ one + updater.gate.bias[0]) for one in h]
-    return rms_norm(torch.stack([(1 - g) * old + g * new for g, old, new in zip(gates, memory, h)]))
+        shares = [torch.sigmoid(updater.gate.weight[0] @ one + updater.gate.bias[0]) for one in h]
+    return rms_norm(torch.stack([(1 - g) * old + g * new for g, old, new in zip(shares, memory, h)]))
 
 
 # ----------------------------------------------------------------------------------------------------------

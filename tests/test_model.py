@@ -440,17 +440,28 @@ def test_updater_begins_as_the_identity(kind, layers):
 
 
 def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
-    updater = randomise(Updater(config(), V))
+    updater = randomise(Updater(config(updater="mlp", updater_layers=1), V))
     memory = rms_norm(memories(2))
     with torch.no_grad():
         updater.gate.weight.zero_()
         for bias in (-50.0, 50.0):
             updater.gate.bias.fill_(bias)
-            both = torch.cat([memory, updater.embed(tokens(2))[:, None]], dim=1)
-            new = updater.transformer(both, model.attend_to_all, slice(3))
-            expected = rms_norm(new) if bias > 0 else memory
+            new = memory.flatten(1)
+            new = new + updater.layers[0](torch.cat([new, updater.embed(tokens(2))], dim=1))
+            expected = rms_norm(new.view_as(memory)) if bias > 0 else memory
             torch.testing.assert_close(updater(memory, tokens(2)), expected, rtol=0, atol=1e-9)
-    assert changed(rms_norm(new), memory).min() > 1e-3
+    assert changed(rms_norm(new.view_as(memory)), memory).min() > 1e-3
+
+
+def test_a_transformer_that_changes_nothing_can_still_learn_to():
+    """As it could not behind a gate that is closed."""
+    updater = randomise(Updater(config(updater="transformer"), V))
+    memory = rms_norm(memories(2))
+    updater.share.data.zero_()
+    after = updater(memory, tokens(2))
+    torch.testing.assert_close(after, memory, rtol=0, atol=1e-9)
+    (after * torch.randn_like(after)).sum().backward()
+    assert (updater.share.grad != 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------
