@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lib.checkpoints import check_data, load, load_weights, write_atomically
-from lib.cli import DataError, Stopped, UsageError, check_fields
+from lib.cli import STOPS, DataError, Stopped, UsageError, check_fields
+from lib.compiler import compile_failure
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags
@@ -226,33 +227,6 @@ def choose_device(name, local_rank=0):
     return device
 
 
-STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP     # a run saves before it ends
-COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT has several shapes
-
-
-def compile_failure(device):
-    """Why torch.compile fails here, in a line, "" if it works: it needs a C++ compiler, on CUDA Triton."""
-    torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
-    try:
-        if device.type == "cuda":
-            start_compile_workers()
-        torch.compile(torch.square)(torch.ones(8, device=device))
-        return ""
-    except Exception as error:  # noqa: BLE001  compilers fail in many ways
-        return " ".join(str(error).split())[:120]
-
-
-def start_compile_workers():
-    """Start torch.compile's processes, which build kernels for a GPU, deaf to the signals that stop a run.
-
-    A signal to all processes of a run would end them, too, and the run would wait for them forever.
-    """
-    from torch._inductor.async_compile import AsyncCompile
-    known = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)         # which they inherit
-    AsyncCompile.warm_pool()
-    signal.pthread_sigmask(signal.SIG_SETMASK, known)
-
-
 def start(config, stage):
     """Join the other processes (torchrun), choose device and precision, print them in one line."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -350,7 +324,7 @@ def begin(run, data, networks, optimizers, fixed=()):
     def ask_to_stop(number, _):
         run.signal = number
         signal.signal(number, signal.SIG_DFL)           # a second one ends the process at once
-    for number in STOPS:                                # from here on there is something to save
+    for number in STOPS:            # from here on there is something to save
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, ask_to_stop)
     return step

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP        # a training run saves before it ends
+
 
 class UsageError(Exception):
     """A bad argument: one line on stderr, exit status 2."""

@@ -194,9 +194,10 @@ def test_a_loss_is_one_graph_which_a_second_step_does_not_compile_again(name):
 
 
 COMPILING = """
-import os, signal, time, runtime
+import os, signal, time
+from lib.compiler import start_compile_workers
 signal.signal(signal.SIGTERM, lambda *_: None)
-runtime.start_compile_workers()
+start_compile_workers()
 from torch._inductor.async_compile import AsyncCompile
 workers = AsyncCompile.process_pool()
 workers.submit(time.sleep, 0).result()          # they run

@@ -1,0 +1,31 @@
+"""torch.compile: whether it works here, and its processes."""
+import signal
+
+import torch
+
+from lib.cli import STOPS
+
+COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT has several shapes
+
+
+def compile_failure(device):
+    """Why torch.compile fails here, in a line, "" if it works: it needs a C++ compiler, on CUDA Triton."""
+    torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
+    try:
+        if device.type == "cuda":
+            start_compile_workers()
+        torch.compile(torch.square)(torch.ones(8, device=device))
+        return ""
+    except Exception as error:  # noqa: BLE001  compilers fail in many ways
+        return " ".join(str(error).split())[:120]
+
+
+def start_compile_workers():
+    """Start torch.compile's processes, which build kernels for a GPU, deaf to the signals that stop a run.
+
+    A signal to all processes of a run would end them, too, and the run would wait for them forever.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    known = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)         # which they inherit
+    AsyncCompile.warm_pool()
+    signal.pthread_sigmask(signal.SIG_SETMASK, known)
