@@ -305,6 +305,19 @@ def test_a_step_on_cuda_equals_the_cpus_and_never_waits(name):
 
 @pytest.mark.cuda
 @NEEDS_CUDA
+@pytest.mark.parametrize("updater", ["transformer", "mlp", "gru"])
+def test_tokens_sampled_by_cuda_graphs_are_those_of_the_cpu(updater):
+    networks = randomise(model.build(smt_config("causal", updater=updater), V)).float()
+    memory = torch.randn(2, 3, 16)
+    rows = []
+    for device in ("cpu", "cuda"):
+        tokens = sample.generate(networks.to(device), memory.to(device), 2.0, 0, sample.seeded(0, 2))
+        rows.append(torch.stack([next(tokens).cpu() for _ in range(30)]))
+    assert torch.equal(*rows)
+
+
+@pytest.mark.cuda
+@NEEDS_CUDA
 def test_muon_on_cuda_orthogonalises_in_bf16_what_the_cpu_does_in_float32():
     matrices = torch.randn(3, 48, 32)
     found, expected = optim.orthogonalise(matrices.cuda()).float().cpu(), optim.orthogonalise(matrices)

@@ -409,6 +409,27 @@ def test_without_graphs_a_captured_function_is_the_function_without_gradients():
     (found * torch.ones(3, requires_grad=True)).sum().backward()            # what it returns may enter a loss
 
 
+def test_a_captured_function_may_return_a_tuple_and_a_replay_leaves_what_was_returned(monkeypatch):
+    def capture(function, module, tensors):
+        inputs = [tensor.clone() for tensor in tensors]
+        outputs = tuple(map(torch.clone, function(module, *inputs)))
+
+        def replay():
+            for own, new in zip(outputs, function(module, *inputs), strict=True):
+                own.copy_(new)
+        return inputs, SimpleNamespace(replay=replay), outputs
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    module, some = torch.nn.Linear(3, 3), torch.randn(4, 2, 3)
+    for device in ("none", "cpu"):
+        monkeypatch.setattr(graphs, "GRAPH_DEVICE", device)
+        call = graphs.captured(lambda module, a: (module(a), 2 * a))
+        found = [call(module, a) for a in some]
+        assert all(torch.equal(both[0], module(a)) and torch.equal(both[1], 2 * a)
+                   for both, a in zip(found, some))
+        assert not any(part.requires_grad or part.is_inference() for both in found for part in both)
+
+
 def test_a_graph_is_captured_once_for_each_module_and_shape_and_its_result_stays(monkeypatch):
     """With a graph that calls the function again on the tensors of its capture, as a CUDA graph does."""
     captures = []
