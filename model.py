@@ -244,7 +244,7 @@ class Updater(nn.Module):
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
             self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)
-            self.share = nn.Parameter(torch.full((d,), 0.1))    # a gate closes before f has learned
+            self.share = nn.Parameter(torch.full((d,), 0.1))    # a gate would close before f learned
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(
                 nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, size), nn.GELU(),

@@ -324,7 +324,7 @@ def begin(run, data, networks, optimizers, fixed=()):
     def ask_to_stop(number, _):
         run.signal = number
         signal.signal(number, signal.SIG_DFL)           # a second one ends the process at once
-    for number in STOPS:            # from here on there is something to save
+    for number in STOPS:                                # from here on there is something to save
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
             signal.signal(number, ask_to_stop)
     return step
@@ -380,8 +380,8 @@ def distribute(networks, loss, run, parts=()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 renames broadcast_buffers
             module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-    # Not mode="reduce-overhead": a quarter faster on CUDA, but the graphs of roll-outs, captured before, then
-    # read memory that it has freed.
+    # Not mode="reduce-overhead", though a quarter faster on CUDA: it frees memory that the graphs of
+    # roll-outs, captured earlier, still read.
     return torch.compile(module, dynamic=False) if run.compile and not parts else module
 
 

@@ -29,8 +29,8 @@ from model import IGNORE, at_least_float32, roll_out_without_gradients
 from runtime import choose_device, duration
 
 READ = 4096     # tokens of a prompt read at once: their memories take up space, the last one alone is kept
-DRAWN = 64      # tokens for which noise is drawn at once
-COLDEST = 1e-30     # temperature; below, float32 overflows
+DRAWN = 64      # tokens for which random numbers are drawn at once
+COLDEST = 1e-30     # least temperature: the reciprocal of a lower one overflows float32
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,28 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------
 # Generation
 
-def choose(logits, temperature, top_k, noise):
+def choose(logits, temperature, top_k, u):
     """One token for each row of logits (B, V) -> (B,), drawn from softmax(logits / temperature).
 
-    The likeliest one after standard Gumbel noise (B, V) was added: the Gumbel-max trick.
+    It is the one at which the probabilities, added up, exceed a random number: u (B,), uniform from 0 to 1.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    tokens = None
+    if 0 < top_k < logits.shape[-1]:
+        logits, tokens = logits.topk(top_k)
     scores = at_least_float32(logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)
-    return (scores + noise).argmax(-1)
+    cumulative = scores.softmax(-1).cumsum(-1)
+    drawn = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(-1)
+    return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
 
 
-def gumbel(generators, vocab_size, device):
-    """Endlessly standard Gumbel noise (B, V) for the next token, row i from generators[i], on a device."""
+def uniform(generators, device):
+    """Yield random numbers (B,) from 0 to 1 for one token after another, without end; row i is drawn from
+    generators[i], on the CPU."""
     while True:
-        drawn = [torch.empty(DRAWN, vocab_size).exponential_(generator=generator) for generator in generators]
-        noise = -torch.stack(drawn, dim=1).clamp(min=torch.finfo(torch.float32).tiny).log()
-        yield from noise.to(device, non_blocking=True)
+        drawn = torch.stack([torch.rand(DRAWN, generator=generator) for generator in generators], dim=1)
+        yield from drawn.to(device, non_blocking=True)
 
 
 @torch.inference_mode()
@@ -95,10 +97,12 @@ def read(networks, memory, tokens):
 
 @functools.cache
 def drawing_step(temperature, top_k):
-    """step(networks, memory (B, K, d), noise (B, V)) -> the next token (B,), the memory after it; on CUDA a
-    graph."""
-    def step(networks, memory, noise):
-        token = choose(networks["readout"](memory), temperature, top_k, noise)
+    """step(networks, memory (B, K, d), u (B,)) -> the next token (B,) and the memory after it.
+
+    On CUDA it is one graph. Cached, so that all texts of a run share the graph.
+    """
+    def step(networks, memory, u):
+        token = choose(networks["readout"](memory), temperature, top_k, u)
         return token, networks["updater"](memory, token)
     return captured(step)
 
@@ -106,8 +110,8 @@ def drawing_step(temperature, top_k):
 def generate(networks, memory, temperature, top_k, generators):
     """Endlessly: predict a token from the memory (B, K, d), draw it, read it, yield it (B,)."""
     step = drawing_step(temperature, top_k)
-    for noise in gumbel(generators, networks["readout"].head.out_features, memory.device):
-        token, memory = step(networks, memory, noise)
+    for u in uniform(generators, memory.device):
+        token, memory = step(networks, memory, u)
         yield token
 
 
@@ -191,12 +195,12 @@ def answer(networks, initial_memory, meta, config):
     n, length = config.num_samples or 10, meta["longest_document"]
     x, y = datasets.held_out(load_data(meta, config), n, length, config.seed)
     memory, answers = initial_memory.expand(n, -1, -1), []
-    noise = gumbel(seeded(config.seed, n), meta["vocab_size"], initial_memory.device)
+    numbers = uniform(seeded(config.seed, n), initial_memory.device)
     with torch.inference_mode():
         for token in x.to(initial_memory.device).unbind(1):
             memory = read(networks, memory, token[:, None])
             logits = networks["readout"](memory)
-            answers.append(choose(logits, config.temperature, config.top_k, next(noise)).cpu())
+            answers.append(choose(logits, config.temperature, config.top_k, next(numbers)).cpu())
     answers, valid = torch.stack(answers, dim=1), y != IGNORE
     for i in range(len(x)):
         print("question ", datasets.decode(x[i], meta))

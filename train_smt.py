@@ -155,7 +155,7 @@ def main():
     val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
 
     networks = model.build(config, data.vocab_size).to(run.device)
-    optimizers = make_optimizers(networks, config, widest=256)          # Muon of f: a third of a step
+    optimizers = make_optimizers(networks, config, widest=512)          # Muon of more: a third of a step
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
     first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
     trunk_end = 0 if config.init_from else config.trunk_iters

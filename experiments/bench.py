@@ -53,7 +53,7 @@ from sources.prepare import GENERATED, ensure
 
 SCRIPTS = {"smt": train_smt, "dmt": train_dmt, "bptt": train_bptt, "lstm": train_baseline,
            "transformer": train_baseline}
-STREAMS, SAMPLED = (1, 128), 16         # sampled side by side; tokens of each in a round
+STREAMS, SAMPLED = (1, 128), sample.DRAWN   # sampled side by side; tokens of each in a round
 MATRIX = {"cpu": 1024, "cuda": 8192}    # rows and columns of the matrix product
 COPIED = 2 ** 28                        # bytes of the copy: more than caches hold
 WARM_UPS = 3                            # rounds that do not count

@@ -31,7 +31,7 @@ from lib.checkpoints import check_data, find_checkpoint, load, restore, write_at
 from lib.cli import UsageError, parse, run_main
 from model import IGNORE, ModelConfig, roll_out_without_gradients
 from runtime import choose_device
-from sample import choose, complete_stories, gumbel, seeded
+from sample import choose, complete_stories, seeded, uniform
 from sources import fables
 
 
@@ -162,10 +162,10 @@ def baseline_stories(module, count, temperature, seed):
     """sample.complete_stories for a baseline, which reads the whole story anew for each token of it."""
     rows = torch.zeros(count, 1, dtype=torch.long, device=module.head.weight.device)
     alive = torch.arange(count, device=rows.device)
-    noise = gumbel(seeded(seed, count), module.head.out_features, rows.device)
+    numbers = uniform(seeded(seed, count), rows.device)
     while len(alive) and rows.shape[1] <= STORY_LENGTH:
         token = torch.full_like(rows[:, :1], fables.SEPARATOR)
-        token[alive, 0] = choose(module(rows[alive])[:, -1], temperature, 0, next(noise)[alive])
+        token[alive, 0] = choose(module(rows[alive])[:, -1], temperature, 0, next(numbers)[alive])
         rows = torch.cat([rows, token], dim=1)
         alive = alive[token[alive, 0] != fables.SEPARATOR]
     return [bytes(row[1:].tolist()).split(b"\0")[0].decode("ascii", "replace") for row in rows]

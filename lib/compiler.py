@@ -27,5 +27,7 @@ def start_compile_workers():
     """
     from torch._inductor.async_compile import AsyncCompile
     known = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)         # which they inherit
-    AsyncCompile.warm_pool()
-    signal.pthread_sigmask(signal.SIG_SETMASK, known)
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, known)

@@ -14,7 +14,7 @@ import train_bptt
 import train_dmt
 from lib.checkpoints import load, restore
 from model import ModelConfig, build
-from sample import complete_stories, generate, gumbel, seeded
+from sample import complete_stories, generate, seeded, uniform
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def ask(smt_run, data_dir):
 # Choosing a token
 
 def choose(logits, temperature, top_k, generators):
-    return sample.choose(logits, temperature, top_k, next(gumbel(generators, logits.shape[1], "cpu")))
+    return sample.choose(logits, temperature, top_k, next(uniform(generators, "cpu")))
 
 
 def test_choice_follows_the_distribution_and_the_temperature():
@@ -100,9 +100,9 @@ def test_a_prompt_read_in_parts_gives_the_same_memory(monkeypatch):
 # Text
 
 def test_same_seed_same_text_and_another_seed_another(ask):
-    first = ask("fables", "--max_new_tokens=40", "--seed=3")
-    assert first == ask("fables", "--max_new_tokens=40", "--seed=3") and len(first) > 10
-    assert first != ask("fables", "--max_new_tokens=40", "--seed=4")
+    first = ask("fables", "--max_new_tokens=40", "--seed=1")
+    assert first == ask("fables", "--max_new_tokens=40", "--seed=1") and len(first) > 10
+    assert first != ask("fables", "--max_new_tokens=40", "--seed=2")
 
 
 def test_greedy_text_does_not_depend_on_the_seed_and_equals_top_k_of_1(ask):
