@@ -53,6 +53,14 @@ def test_greedy_choices_are_the_likeliest_however_they_are_asked_for():
     assert torch.equal(choose(logits, 1.0, 100, seeded(0, 50)), choose(logits, 1.0, 0, seeded(0, 50)))
 
 
+def test_the_least_and_the_greatest_number_draw_the_first_and_the_last_token_that_can_be():
+    logits = torch.randn(1000, 9)
+    logits[:, [0, 4, 8]] = -torch.inf
+    least, greatest = torch.zeros(1000), torch.full((1000,), 1 - 2 ** -24)
+    assert (sample.choose(logits, 1.0, 0, least) == 1).all()
+    assert (sample.choose(logits, 1.0, 0, greatest) == 7).all()
+
+
 def test_each_row_has_its_own_random_numbers():
     logits = torch.zeros(5, 200)
     together = choose(logits, 1.0, 0, seeded(7, 5))
