@@ -50,6 +50,8 @@ def draw(strokes, rng):
 def main():
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise UsageError("one folder is wanted, for the sketches")
+    if Path(sys.argv[1]).exists():
+        raise UsageError(f"{sys.argv[1]} is there already: sketches go into a new folder")
     rng, names = np.random.default_rng(0), list(SKETCHES)
     for i in range(COUNT):
         name = names[i % len(names)]
