@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +66,18 @@ def place_of(data):
     return RUNS / "data" / slug(" ".join([data, *values])) if name in prepare.GENERATED else DOWNLOADED
 
 
+def read_json(path):
+    """The dict in a file; an empty one where the file is missing or damaged."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
 def log_of(run, root):
-    """The lines of a run's metrics.jsonl, as dicts."""
-    return read_log(root / run.name / "metrics.jsonl")
+    """The lines of a run's metrics.jsonl, as dicts, that say what has been spent."""
+    return [line for line in read_log(root / run.name / "metrics.jsonl")
+            if all(isinstance(line.get(name), int | float) for name in ("seconds", "tokens"))]
 
 
 def evaluations(run, root):
@@ -117,7 +127,7 @@ def state(run, root, scale):
     if not all((here / name).exists() for name in ("config.json", "ckpt.pt")):
         return "new"
     settings = resolve(run.stage, flags_of(run, root, scale))
-    flags = json.loads((here / "config.json").read_text()) | {"resume": "no"}
+    flags = read_json(here / "config.json") | {"resume": "no"}
     if settings.get("seq_len") == 0:                # DMT writes the length that it has taken over from SMT
         flags["seq_len"] = 0
     if flags != settings:
@@ -141,7 +151,7 @@ def finished(runs, root, scale):
 def clear(folder):
     """Delete the folder of a run, and those of the runs that began with its weights."""
     for path in folder.parent.glob("*/config.json"):
-        if json.loads(path.read_text()).get("init_from") == str(folder):
+        if read_json(path).get("init_from") == str(folder):
             clear(path.parent)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -231,7 +241,8 @@ def execute(name, config):
 def report(name, config, done):
     """Write tables and figure of the runs that are done."""
     experiment, runs, root = plan(name, config)
-    launches = [line for run in runs for line in read_log(root / run.name / "launches.jsonl")]
+    launches = [line for run in runs for line in read_log(root / run.name / "launches.jsonl")
+                if {"machine", "seconds"} <= line.keys()]
     flags = (f"--{flag}={value}" for flag, value in vars(config).items() if value != getattr(Config, flag))
     facts = {"question": experiment.question,
              "command": f"`{' '.join(['python -m experiments.reproduce', name, *flags])}`",
@@ -255,7 +266,7 @@ def records_of(run, root, scale, done, experiment):
     if not done:
         return [record]
     settings, kept = resolve(run.stage, flags_of(run, root, scale)), root / run.name / "measured.json"
-    measured = json.loads(kept.read_text()) if kept.exists() else {"changes": [{"pictures": ["none yet"]}]}
+    measured = {"changes": [{"pictures": ["none yet"]}]} | read_json(kept)
     pictures = [name for change in measured["changes"] for name in change.get("pictures", ())]
     if not all((tables.FOLDER / name).exists() for name in pictures):
         tables.FOLDER.mkdir(parents=True, exist_ok=True)

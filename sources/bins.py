@@ -41,7 +41,7 @@ def load_split(folder, meta, split):
     V = meta["vocab_size"]
     tokens = map_bin(folder / f"{split}.bin", n_tokens)
     targets = map_bin(folder / f"{split}_targets.bin", n_tokens) if meta["kind"] == "synthetic" else None
-    starts = np.load(folder / f"{split}_starts.npy", allow_pickle=False).astype(np.int64)
+    starts = load_starts(folder / f"{split}_starts.npy")
     if starts.shape != (n_documents,):
         raise ValueError(f"{split}_starts.npy has {starts.size} documents, meta.json says {n_documents}")
     if starts[0] != 0 or starts[-1] >= n_tokens or (np.diff(starts) <= 0).any():
@@ -53,6 +53,16 @@ def load_split(folder, meta, split):
                 raise ValueError(f"{split} holds the token {wrong[0]}, outside the vocabulary of {V}")
     arrays = tokens, targets, starts
     return tuple(None if array is None else torch.from_numpy(array) for array in arrays)
+
+
+def load_starts(path):
+    """Where the documents of a split begin, (D,) int64. ValueError if the file is damaged."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).astype(np.int64)    # mapped: a header may lie
+    except OSError:
+        raise
+    except Exception as error:      # numpy reads a damaged header with Python's parser, which raises anything
+        raise ValueError(f"{path.name} is not an array ({type(error).__name__})") from None
 
 
 def map_bin(path, n_tokens):

@@ -1,12 +1,21 @@
-"""Files and command lines of strangers: a correct load, or one line and a status, never a traceback."""
+"""Files and command lines of strangers: a correct load, or one line and a status, never a traceback, within
+bounded memory and time."""
+import contextlib
 import copy
+import io
 import json
+import resource
 import shutil
+import signal
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import data
 import evaluate
@@ -14,8 +23,11 @@ import sample
 import train_bptt
 import train_dmt
 import train_smt
+from experiments import reproduce
 from lib.checkpoints import load, restore
-from lib.cli import DataError, parse
+from lib.cli import DataError, UsageError, parse
+from runtime import read_log
+from sources.prepare import prepare
 
 ODD = st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.floats(), st.text(max_size=5),
                 st.just([]), st.just({}), st.lists(st.integers(-1, 300), max_size=3), st.just({"train": 1}))
@@ -92,29 +104,144 @@ def run(tmp_path_factory, smt_run):
     return folder
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Whole files, damaged
+
+EDITS = st.lists(st.tuples(st.integers(0, 2**30), st.sampled_from(("replace", "insert", "remove", "end")),
+                           st.binary(min_size=1, max_size=8)), min_size=1, max_size=4)
+
+
+def edited(content, edits):
+    """A file's content after edits: bytes replaced, inserted or removed at a place, or all that follows."""
+    for place, what, some in edits:
+        i = place % (len(content) + 1)
+        content = content[:i] + {"replace": some + content[i + len(some):], "insert": some + content[i:],
+                                 "remove": content[i + len(some):], "end": b""}[what]
+    return content
+
+
+def pick(folder, name):
+    """A loader of the data set or of the run in a folder, for check_file."""
+    if name == "ckpt.pt":
+        return lambda: restore(load(folder))
+    if name == "metrics.jsonl":
+        return lambda: [line["step"] + 1 for line in read_log(folder / name)]
+    if name == "config.json":
+        return lambda: reproduce.read_json(folder / name).get("init_from")
+    if name.startswith("picture"):
+        return lambda: prepare("sketchy", folder.parent / "made", folder)
+    if name.endswith("ubyte"):
+        return lambda: prepare("mnist", folder.parent / "made", folder)
+    if name.startswith("TinyStories"):
+        return lambda: prepare("tinystories", folder.parent / "made", folder)
+    if name == "text.txt":
+        return lambda: prepare("text", folder.parent / "made", folder / name)
+    return lambda: data.load(folder.name, folder.parent)
+
+
+def check_file(path, whole, edits, use):
+    """A file with edits is used, or refused in one line."""
+    path.write_bytes(edited(whole, edits))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            use()
+    except (DataError, UsageError) as error:
+        assert "\n" not in str(error)
+
+
+def picture(format, mode):
+    """A small picture file, as bytes."""
+    file = io.BytesIO()
+    Image.fromarray(np.arange(48 * 40, dtype=np.uint8).reshape(48, 40)).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, data_dir, smt_run):
+    """A folder with a folder for each kind of file: {kind: (file to be damaged, ...)}."""
+    place = tmp_path_factory.mktemp("files")
+    run = shutil.copytree(smt_run("retrieval"), place / "run")
+    for name in ("fables", "retrieval", "mnist"):
+        shutil.copytree(data_dir / name, place / name)
+    images = np.arange(2 * 784, dtype=np.uint8).reshape(2, 28, 28)
+    idx = np.array([0x803, 2, 28, 28], ">u4").tobytes() + images.tobytes()
+    contents = {"idx": {f"{split}-images-idx3-ubyte": idx for split in ("train", "t10k")},
+                "stories": {f"TinyStories-{split}.txt": "One day.\n<|endoftext|>\n“Two” days.\n".encode() * 3
+                            for split in ("train", "valid")},
+                "text": {"text.txt": "A line.\n\nÄ and “quotes”.\n".encode() * 20},
+                "pictures": {f"picture{i}.{kind}": picture(kind, mode) for i, (kind, mode) in enumerate((
+                    ("png", "L"), ("png", "I;16"), ("jpeg", "RGB"), ("gif", "P"), ("bmp", "1"), ("tiff", "L"),
+                    ("webp", "RGBA")))}}
+    for folder, named in contents.items():
+        (place / folder).mkdir()
+        for name, content in named.items():
+            (place / folder / name).write_bytes(content)
+    sets = {name: sorted((place / name).iterdir()) for name in ("fables", "retrieval", "mnist", *contents)}
+    return sets | {"run": sorted(run.iterdir())}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many examples
+
 QUIET = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+SECONDS, MEMORY = 20, 2 << 30       # of an example; of all of them, beyond what the process has
 
 
-def fuzz(check, n):
-    """check(a number that says which field, an odd value) for n examples."""
-    settings(max_examples=n, **QUIET)(given(st.integers(0, 10**6), ODD)(lambda i, value: check(i, value)))()
+@contextlib.contextmanager
+def bounded():
+    """At most SECONDS of this process's time, and MEMORY more of its address space (on Linux)."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = signal.signal(signal.SIGPROF, lambda *_: pytest.fail(f"more than {SECONDS} s"))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-MANY = [pytest.param(100, id="some"), pytest.param(30_000, id="many", marks=pytest.mark.soak)]
+def fuzz(check, n, odd=ODD):
+    """check(a number that says which field or file, something odd) for n examples."""
+    def example(i, value):
+        with bounded():
+            check(i, value)
+    settings(max_examples=n, **QUIET)(given(st.integers(0, 10**6), odd)(example))()
 
 
-@pytest.mark.parametrize("n", MANY)
+def many(n):
+    """The number of examples: 100, and by hand n."""
+    return pytest.mark.parametrize("n", [pytest.param(100, id="some"),
+                                         pytest.param(n, id="many", marks=pytest.mark.soak)])
+
+
+@many(25_000)
 def test_a_meta_of_a_stranger_loads_or_is_refused(broken, n):
     shutil.copy(broken / "retrieval" / "meta.json", broken / "whole.json")
     fuzz(lambda i, value: check_meta(broken, i, value), n)
     shutil.copy(broken / "whole.json", broken / "retrieval" / "meta.json")
 
 
-@pytest.mark.parametrize("n", MANY)
+@many(25_000)
 def test_a_checkpoint_of_a_stranger_loads_or_is_refused(run, n):
     fuzz(lambda i, value: check_checkpoint(run, i, value), n)
 
 
-@pytest.mark.parametrize("n", MANY)
+@many(25_000)
 def test_a_command_line_is_taken_or_refused_with_status_2(capsys, n):
     fuzz(check_flag, n)
+
+
+@pytest.mark.parametrize("kind", "run fables retrieval mnist idx stories text pictures".split())
+@many(4000)
+def test_a_damaged_file_is_used_or_refused(files, kind, n):
+    whole = {path: path.read_bytes() for path in files[kind]}
+
+    def check(i, edits):
+        path = files[kind][i % len(whole)]
+        check_file(path, whole[path], edits, pick(path.parent, path.name))
+        path.write_bytes(whole[path])
+    fuzz(check, n, EDITS)

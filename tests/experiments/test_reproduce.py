@@ -185,6 +185,22 @@ def test_an_interrupted_run_is_resumed_and_with_other_flags_or_data_begins_anew(
     assert not any("--resume" in command for command in commands[4:])
 
 
+GARBAGE = b"\xff\xfe\x00", b"3", b"null", b"[" * 100_000, b'{"step": 4, "sec', b'{"step": 4}', b""
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "measured.json", "launches.jsonl"])
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+def test_files_that_a_crash_has_damaged_are_made_again(place, commands, name, garbage):
+    assert call(reproduce, "mini").status == 0
+    results = (place / "results" / "mini.json").read_text()
+    (place / "runs" / "mini" / "tiny-smt-1337" / name).write_bytes(garbage)
+    result = call(reproduce, "mini")
+    assert result.status == 0 and not result.err, result.err
+    losses = [[record["val_rnn_loss"] for record in json.loads(text)["records"]]
+              for text in (results, (place / "results" / "mini.json").read_text())]
+    assert losses[0] == losses[1]
+
+
 def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatch, commands):
     def runs(seeds):
         first, second = compare("tiny", seeds, f"{SMT} --device=cuda:77", DMT)
