@@ -247,8 +247,8 @@ class Updater(nn.Module):
             self.share = nn.Parameter(torch.full((d,), 0.1))    # a gate would close before f learned
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(
-                nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, size), nn.GELU(),
-                              nn.Linear(size, size)) for _ in range(config.updater_layers))
+                nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 4 * d), nn.GELU(),
+                              nn.Linear(4 * d, size)) for _ in range(config.updater_layers))
             for layer in self.layers:
                 nn.init.zeros_(layer[-1].weight)
                 nn.init.zeros_(layer[-1].bias)

@@ -41,7 +41,7 @@ MLP = dict(updater="mlp", updater_layers=1, n_heads=4, memory_tokens=8)
 TEXT = dict(d_model=128, memory_tokens=4, decoder_layers=3, seq_len=256, p_start=0.5)
 TASK = dict(memory_tokens=4, batch_size=64, max_iters=1000, lr=1e-3)
 PRESETS = {
-    "tiny": MLP | dict(d_model=64, memory_tokens=12, decoder_layers=2, seq_len=220, p_start=0.9,
+    "tiny": MLP | dict(d_model=64, memory_tokens=16, decoder_layers=2, seq_len=220, p_start=0.9,
                        batch_size=16, max_iters=400, lr=2e-3, eval_interval=100),
     "small": MLP | dict(d_model=128, decoder_layers=3, batch_size=64, max_iters=20_000, lr=1e-3,
                         eval_interval=1000, log_interval=50),

@@ -69,7 +69,7 @@ LENGTHS, MULTIPLES = ("retrieval 32", "stack 32"), (1, 2, 4, 8)         # of 32 
 LOOK_BACK = "--context_len=256"                                         # as long as the longest document
 PIXELS = ("--context_len=784 --batch_size=8 --max_iters=900 --trunk_iters=300 --future_len=64",
           "--max_iters=150 --horizon=112 --label_stride=4")
-SCALING = {"memory_tokens": (12, 4, 8), "context_len": (220, 32, 64, 128), "d_model": (64, 16, 32, 48)}
+SCALING = {"memory_tokens": (16, 4, 8), "context_len": (220, 32, 64, 128), "d_model": (64, 16, 32, 48)}
 # the first of each size is the preset's
 
 BASELINES = {"bptt": "", "lstm": "", "transformer": ""}                 # stage: its flags

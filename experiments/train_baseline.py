@@ -60,9 +60,9 @@ class Config(BaselineConfig, RunConfig):
 TASK = dict(batch_size=64, max_iters=1000, lr=1e-3)
 TEXT = dict(d_model=128, layers=6, hidden=464, context_len=256, seq_len=256, p_start=0.5)
 PRESETS = {
-    "tiny": dict(d_model=192, layers=3, hidden=472, context_len=220, seq_len=220, p_start=0.9, batch_size=16,
+    "tiny": dict(d_model=112, layers=4, hidden=336, context_len=220, seq_len=220, p_start=0.9, batch_size=16,
                  max_iters=1500, lr=3e-3, eval_interval=300, log_interval=50),
-    "small": dict(d_model=240, layers=4, hidden=712, batch_size=64, max_iters=20_000, lr=1e-3,
+    "small": dict(d_model=184, layers=4, hidden=556, batch_size=64, max_iters=20_000, lr=1e-3,
                   eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, layers=12, hidden=1392, batch_size=128, max_iters=150_000, lr=3e-4,
                   eval_interval=5000, eval_len=1024, log_interval=100),
@@ -71,7 +71,7 @@ PRESETS = {
 for task in ("retrieval", "copy", "stack", "modular"):
     PRESETS[f"tiny/{task}"] = TASK | dict(d_model=72, layers=4, hidden=212)
     PRESETS[f"small/{task}"] = TASK | dict(d_model=128, layers=6, hidden=480)
-PRESETS |= {"tiny/keyvalue": TASK | dict(d_model=96, layers=6, hidden=356), "small/keyvalue": TASK}
+PRESETS |= {"tiny/keyvalue": TASK | dict(d_model=72, layers=6, hidden=272), "small/keyvalue": TASK}
 
 
 # ------------------------------------------------------------------------------------------------------------

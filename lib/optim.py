@@ -6,7 +6,6 @@ import torch
 WARMUP = 0.01          # share of the steps
 WEIGHT_DECAY = 0.01    # of matrices
 GRAD_CLIP = 1.0        # largest norm of the gradient
-WIDE_SCALE = 0.2       # of the learning rate, for wide matrices that AdamW takes over from Muon
 
 
 class Muon(torch.optim.Optimizer):
@@ -18,7 +17,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95):
-        super().__init__(matrices, dict(lr=lr, scale=1.0, weight_decay=weight_decay, momentum=momentum))
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -48,28 +47,22 @@ def orthogonalise(matrices, steps=5):
     return x if wide else x.mT
 
 
-def make_optimizers(networks, config, widest=None):
+def make_optimizers(networks, config):
     """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW
     of the others.
 
-    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits. Those
-    with more than `widest` rows and columns go to AdamW: to orthogonalise them costs the cube of the size.
+    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits.
     Matrices are decayed, but not embeddings.
     """
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
     hidden = {id(m.weight) for name, m in networks.named_modules() if config.optimizer == "muon"
               and isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")}
-    matrices, groups = [], {}                               # groups: by weight decay and scale of the rate
-    for p in parameters:
-        wide = id(p) in hidden and widest is not None and min(p.shape) > widest
-        if id(p) in hidden and not wide:
-            matrices.append(p)
-        else:
-            decay = WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0
-            groups.setdefault((decay, WIDE_SCALE if wide else 1.0), []).append(p)
-    groups = [{"params": group, "weight_decay": decay, "scale": scale}
-              for (decay, scale), group in groups.items()]
+    matrices = [p for p in parameters if id(p) in hidden]
+    others = [p for p in parameters if id(p) not in hidden]
+    decayed = [p for p in others if p.dim() >= 2 and id(p) not in embeddings]
+    undecayed = [p for p in others if p.dim() < 2 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": undecayed, "weight_decay": 0.0}]
     fused = parameters[0].device.type in ("cpu", "cuda")
     both = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
     return both + ([Muon(matrices, config.lr, WEIGHT_DECAY)] if matrices else [])
@@ -92,7 +85,7 @@ def optimizer_step(optimizers, lr):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], GRAD_CLIP)
     for group in groups:
-        group["lr"] = lr * group["scale"]
+        group["lr"] = lr
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -77,18 +77,6 @@ def test_muon_gets_the_hidden_matrices_adamw_the_rest_and_all_are_decayed_but_em
     assert hidden == linear & trained_by.keys()
 
 
-def test_matrices_wider_than_the_widest_go_to_adamw_at_a_rate_of_its_own():
-    network = torch.nn.ModuleDict({name: torch.nn.Linear(n, m, bias=False)
-                                   for name, n, m in (("narrow", 4, 4), ("flat", 4, 9), ("wide", 5, 9))})
-    adamw, muon = optim.make_optimizers(network, RunConfig(optimizer="muon"), widest=4)
-    assert muon.param_groups[0]["params"] == [network["narrow"].weight, network["flat"].weight]
-    assert [group["params"] for group in adamw.param_groups] == [[network["wide"].weight]]
-    for parameter in network.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optim.optimizer_step([adamw, muon], 0.5)
-    assert (adamw.param_groups[0]["lr"], muon.param_groups[0]["lr"]) == (0.5 * optim.WIDE_SCALE, 0.5)
-
-
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 def test_muon_makes_the_steps_of_torchs_muon_which_computes_in_bf16(shape):
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
@@ -125,8 +113,7 @@ def test_gradients_are_clipped_and_the_norm_before_is_told(monkeypatch, clip, ex
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]        # each of an optimiser of its own
     for weight, gradient in zip(weights, (3.0, 4.0)):
         weight.grad = torch.tensor([gradient])
-    groups = [{"params": [weight], "scale": 1.0} for weight in weights]
-    norm = optim.optimizer_step([torch.optim.SGD([group], lr=9.0) for group in groups], 1.0)
+    norm = optim.optimizer_step([torch.optim.SGD([weight], lr=9.0) for weight in weights], 1.0)
     assert norm == 5 and all(weight.grad is None for weight in weights)
     assert torch.cat(weights).detach().norm().item() == pytest.approx(expected, rel=1e-4)
 

@@ -22,7 +22,7 @@ from sources.prepare import prepare
 pytestmark = pytest.mark.soak
 ROOT, MIB = Path(runtime.__file__).parent, 1 << 20
 KILLS = 50
-STEPS = 3000        # of a run: more than it makes between the kills
+STEPS = 1500        # of a run: more than it makes between the kills
 COMMANDS = {
     "smt": ["train_smt.py", *SIZES, *PAIRS],
     "causal": ["train_smt.py", *SIZES, *PAIRS, "--encoder=causal", "--optimizer=muon", "--trunk_iters=100"],
@@ -94,17 +94,16 @@ def test_a_run_killed_50_times_ends_with_the_same_bits(stage, tmp_path, smt_run,
 def test_a_data_set_whose_preparation_is_killed_50_times_is_always_whole(tmp_path):
     prepare("fables", tmp_path, train_tokens=300_000, val_tokens=1000)
     rng, whole, killed = random.Random(0), data.load("fables", tmp_path).meta["fingerprint"], 0
-    for _ in range(KILLS):
+    while killed < KILLS:
         process = start("data.py", "--dataset=fables", f"--data_dir={tmp_path}", "--train_tokens=300000",
                         "--val_tokens=1000", stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.5, 3))
-        killed += process.poll() is None
+        killed += process.poll() is None                # some have finished
         process.kill()
         process.wait()
         prepare("fables", tmp_path, anew=False)         # as at the start of a training script
         assert data.load("fables", tmp_path).meta["fingerprint"] == whole
-    print(f"preparation: {killed} of {KILLS} killed before their end")
-    assert killed > KILLS / 2
+    print(f"preparation: {KILLS} kills")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from model import ModelConfig, build
 V, T, B, d, K = 7, 6, 3, 8, 2
 RNN = dict(updater="mlp", d_model=d, n_heads=2, memory_tokens=K, updater_layers=1, decoder_layers=1)
 ROWS = dict(batch_size=B, seq_len=T, p_start=1.0)
-UPDATER = 2 * (K * d + d) * K * d + 2 * K * d * K * d       # FLOPs of a memory: its two matrices ..
+UPDATER = 2 * (K * d + d) * 4 * d + 2 * 4 * d * K * d       # FLOPs of a memory: its two matrices ..
 GATE = 2 * d                                                # .. and of a memory token: the gate
 HEAD = 2 * d * V
 
