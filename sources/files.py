@@ -49,4 +49,4 @@ def write_split(folder, split, pieces):
         for tokens, piece_starts in pieces:
             starts.frombytes((np.asarray(piece_starts, np.uint64) + np.uint64(n_tokens)).tobytes())
             n_tokens += file.write(memoryview(tokens))
-    np.save(folder / f"{split}_starts.npy", np.array(starts, np.uint64))
+    np.save(folder / f"{split}_starts.npy", np.frombuffer(starts, np.uint64))

@@ -13,7 +13,7 @@ from lib.checkpoints import write_atomically
 from lib.cli import DataError, UsageError
 from lib.seeds import philox
 from sources import download, fables, tasks
-from sources.bins import documents_end, histogram
+from sources.bins import documents_end
 from sources.files import chunks, write_split
 
 GENERATED = ["fables", *tasks.TASKS]
@@ -127,25 +127,28 @@ def finish(folder, meta):
     """Count and fingerprint what was written and write meta.json; returns the whole meta. DataError if a
     split is empty."""
     meta = {"source": [], **meta, "longest_document": 0, "counts": {}}
-    seen, digest = np.zeros(256, np.int64), hashlib.sha256()
+    seen, digest = b"", hashlib.sha256()                    # the byte values that occur
     for split in ("train", "val"):
-        starts = np.load(folder / f"{split}_starts.npy").astype(np.int64)
+        starts = np.load(folder / f"{split}_starts.npy")
         if not len(starts):
             raise DataError(f"the {split} split of {meta['name']} is empty: its source holds no document")
-        tokens = np.memmap(folder / f"{split}.bin", np.uint8, mode="r")
-        seen += histogram(tokens)
-        lengths = np.diff(starts, append=documents_end(len(tokens), meta))
-        meta["longest_document"] = max(meta["longest_document"], int(lengths.max()))
-        size = sum(path.stat().st_size for path in folder.glob(f"{split}*"))
-        meta["counts"][split] = {"tokens": len(tokens), "documents": len(starts), "bytes": size}
-        if split == "train" and meta["kind"] == "image":
-            meta["first_token"] = int(np.bincount(tokens[starts]).argmax())   # the likeliest first pixel
-        for path in sorted(folder.glob(f"{split}*")):
+        paths, tokens = sorted(folder.glob(f"{split}*")), folder / f"{split}.bin"
+        for path in paths:
             for chunk in chunks(path, packed=False):
                 digest.update(chunk)
+                if path == tokens:
+                    seen += bytes(set(chunk.translate(None, seen)))
+        n_tokens = tokens.stat().st_size
+        lengths = np.diff(starts, append=np.uint64(documents_end(n_tokens, meta)))
+        meta["longest_document"] = max(meta["longest_document"], int(lengths.max()))
+        size = sum(path.stat().st_size for path in paths)
+        meta["counts"][split] = {"tokens": n_tokens, "documents": len(starts), "bytes": size}
+        if split == "train" and meta["kind"] == "image":        # the likeliest first pixel
+            first = np.memmap(tokens, np.uint8, mode="r")[starts]
+            meta["first_token"] = int(np.bincount(first).argmax())
     meta["fingerprint"] = digest.hexdigest()
     if meta["kind"] == "text":
-        meta["alphabet"] = [int(i) for i in np.flatnonzero(seen)]
+        meta["alphabet"] = sorted(seen)
     write_atomically(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1) + "\n"))
     return meta
 

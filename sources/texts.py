@@ -4,6 +4,8 @@ import io
 import mmap
 import os
 import re
+import shutil
+from array import array
 from collections import Counter
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def stories(path):
     """
     n_stories, n_characters, dropped = 0, 0, Counter()
     for texts in split_stories(path):
-        text = fold("\0".join(texts))
+        text = "\0".join(map(fold, texts))                      # each apart: most need no folding
         plain = text.encode("ascii", "ignore").translate(None, CONTROL)
         n_characters += len(text)
         if len(plain) < len(text):
@@ -117,12 +119,12 @@ def write_text(folder, source):
         size = out.tell()
     if size < 3:
         raise DataError(f"{source} is empty: there is nothing to learn from")
-    with open(train, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        cut = text.rfind(b"\n", size // 2, size * 9 // 10) + 1 or size * 9 // 10    # after a line, if any
-        with open(val, "wb") as out:
-            out.write(b"\n")
-            for i in range(cut, size, CHUNK):
-                out.write(text[i:min(i + CHUNK, size)])
+    with open(train, "rb") as file, open(val, "wb") as out:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            cut = text.rfind(b"\n", size // 2, size * 9 // 10) + 1 or size * 9 // 10    # after a line, if any
+        out.write(b"\n")
+        file.seek(cut)
+        shutil.copyfileobj(file, out, CHUNK)
     os.truncate(train, cut)
     for split in (train, val):
         starts, kind = documents(split)
@@ -163,13 +165,15 @@ def documents(path):
 
 def newlines(path, after_blank):
     """0, and every newline before a line with text, uint64; after_blank: only those after a blank line."""
-    starts, before = [np.zeros(1, np.int64)], b"\x01\x01"                # two bytes of the past
+    starts, before = array("Q", [0]), b"\x01\x01"                # two bytes of the past
     for i, chunk in enumerate(chunks(path, packed=False)):
         text = np.frombuffer(before + chunk, np.uint8)          # the last byte waits for the next chunk
-        last2, last, here, following = text[:-3], text[1:-2], text[2:-1], text[3:]
-        at = (here == 10) & (following != 10) & (following != 13)
+        at = np.flatnonzero(text[2:-1] == 10) + 2
+        following, last, last2 = text[at + 1], text[at - 1], text[at - 2]
+        found = (following != 10) & (following != 13)
         if after_blank:
-            at &= (last == 10) | ((last == 13) & (last2 == 10))     # the line that ends here is blank
-        starts.append(np.flatnonzero(at) + i * CHUNK + 2 - len(before))
+            found &= (last == 10) | ((last == 13) & (last2 == 10))      # the line that ends here is blank
+        position = at[found] + i * CHUNK - len(before)
+        starts.frombytes(position[position > 0].astype(np.uint64).tobytes())
         before = (before + chunk)[-3:]
-    return np.unique(np.concatenate(starts)).astype(np.uint64)
+    return np.frombuffer(starts, np.uint64)
