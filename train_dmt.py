@@ -46,8 +46,8 @@ class Config(RunConfig):
 TEXT = dict(p_start=0.5, label_stride=1, max_iters=800)
 TASK = dict(batch_size=32, label_stride=1, max_iters=800)
 PRESETS = {
-    "tiny": dict(optimizer="muon", batch_size=8, max_iters=250, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
-                 label_stride=2, eval_interval=50),
+    "tiny": dict(optimizer="muon", batch_size=8, max_iters=400, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
+                 label_stride=2, eval_interval=100),
     "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_len=1024),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,

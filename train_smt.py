@@ -57,7 +57,7 @@ TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_it
             max_iters=1300, lr=2e-3, eval_interval=200)
 PRESETS = {
     "tiny": CAUSAL | dict(d_model=64, memory_tokens=16, encoder_layers=2, decoder_layers=2, context_len=220,
-                          seq_len=220, trunk_iters=900, batch_size=4, max_iters=3400, lr=3e-3, p_start=0.9),
+                          seq_len=220, trunk_iters=900, batch_size=4, max_iters=3900, lr=3e-3, p_start=0.9),
     "small": CAUSAL | dict(d_model=128, memory_tokens=8, encoder_layers=3, decoder_layers=3, context_len=256,
                            trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4,
