@@ -210,7 +210,7 @@ def load(name, data_dir):
         raise DataError(f"{folder / 'meta.json'} is damaged ({reason}); {again}") from None
     try:
         return Data(meta, *(Split(*load_split(folder, meta, split)) for split in ("train", "val")))
-    except (EOFError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{folder}: {error}; {again}") from None
 
 

@@ -232,9 +232,9 @@ class Updater(nn.Module):
     """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
 
     transformer: bidirectional over [memory, token]; of the change it proposes a share is made, learned for
-    each channel (LayerScale, Touvron et al. 2021). mlp: a residual MLP on both, flattened; a gate says how
-    much of each memory token is replaced. Both begin as the identity and change little at first: most of a
-    memory stays in a step. gru: a GRU cell whose state is the flattened memory.
+    each channel (LayerScale, Touvron et al. 2021). mlp: a residual MLP of 4 d hidden units on both,
+    flattened; a gate says how much of each memory token is replaced. Both begin as the identity and change
+    little at first: most of a memory stays in a step. gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):

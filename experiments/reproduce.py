@@ -67,15 +67,15 @@ def place_of(data):
 
 
 def read_json(path):
-    """The dict in a file; an empty one where the file is missing or damaged."""
+    """The dict in a JSON file; {} if the file is missing or damaged."""
+    content = None
     with suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    return {}
+    return content if isinstance(content, dict) else {}
 
 
 def log_of(run, root):
-    """The lines of a run's metrics.jsonl, as dicts, that say what has been spent."""
+    """The lines of a run's metrics.jsonl, as dicts, that have seconds and tokens."""
     return [line for line in read_log(root / run.name / "metrics.jsonl")
             if all(isinstance(line.get(name), int | float) for name in ("seconds", "tokens"))]
 
@@ -177,7 +177,7 @@ def note_launch(run, root, jobs, began):
               f"{jobs} at a time, threads of each: {torch.get_num_threads()}"
     line = {"step": 0, "machine": machine, "seconds": (time.perf_counter() - began) / jobs}
     with open(root / run.name / "launches.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" + json.dumps(line))        # a crash may have torn the last line
 
 
 def reason(path, status):
@@ -266,9 +266,9 @@ def records_of(run, root, scale, done, experiment):
     if not done:
         return [record]
     settings, kept = resolve(run.stage, flags_of(run, root, scale)), root / run.name / "measured.json"
-    measured = {"changes": [{"pictures": ["none yet"]}]} | read_json(kept)
-    pictures = [name for change in measured["changes"] for name in change.get("pictures", ())]
-    if not all((tables.FOLDER / name).exists() for name in pictures):
+    measured = read_json(kept)
+    pictures = [name for change in measured.get("changes", ()) for name in change.get("pictures", ())]
+    if "changes" not in measured or not all((tables.FOLDER / name).exists() for name in pictures):
         tables.FOLDER.mkdir(parents=True, exist_ok=True)
         checkpoint = load(root / run.name)
         measured = {"changes": experiment.measure(run, checkpoint, settings["data_dir"], root.name)}

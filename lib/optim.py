@@ -51,21 +51,21 @@ def make_optimizers(networks, config):
     """Fused AdamW (0.9, 0.95) of all parameters; with --optimizer=muon, Muon of the hidden matrices and AdamW
     of the others.
 
-    Hidden matrices are the weights of linear layers but for heads and gates, which answer with logits.
+    Hidden matrices are the weights of linear layers except heads and gates, whose outputs are logits.
     Matrices are decayed, but not embeddings.
     """
     parameters = [p for p in networks.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in networks.modules() if isinstance(m, torch.nn.Embedding)}
     hidden = {id(m.weight) for name, m in networks.named_modules() if config.optimizer == "muon"
               and isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")}
-    matrices = [p for p in parameters if id(p) in hidden]
-    others = [p for p in parameters if id(p) not in hidden]
-    decayed = [p for p in others if p.dim() >= 2 and id(p) not in embeddings]
-    undecayed = [p for p in others if p.dim() < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": undecayed, "weight_decay": 0.0}]
+    matrices, groups = [], {}                               # groups: by weight decay
+    for p in parameters:
+        decay = WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0
+        (matrices if id(p) in hidden else groups.setdefault(decay, [])).append(p)
+    groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
     fused = parameters[0].device.type in ("cpu", "cuda")
-    both = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
-    return both + ([Muon(matrices, config.lr, WEIGHT_DECAY)] if matrices else [])
+    optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
+    return optimizers + ([Muon(matrices, config.lr, WEIGHT_DECAY)] if matrices else [])
 
 
 def learning_rate(step, config, decay_from=0):

@@ -58,11 +58,14 @@ def load_split(folder, meta, split):
 def load_starts(path):
     """Where the documents of a split begin, (D,) int64. ValueError if the file is damaged."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).astype(np.int64)    # mapped: a header may lie
+        starts = np.load(path, mmap_mode="r", allow_pickle=False)   # mapped: a header may ask for any size
     except OSError:
         raise
-    except Exception as error:      # numpy reads a damaged header with Python's parser, which raises anything
+    except Exception as error:      # numpy evaluates the header by Python's parser, which may raise anything
         raise ValueError(f"{path.name} is not an array ({type(error).__name__})") from None
+    if starts.dtype != np.uint64:
+        raise ValueError(f"{path.name} holds {starts.dtype} instead of uint64")
+    return starts.astype(np.int64)
 
 
 def map_bin(path, n_tokens):

@@ -56,7 +56,7 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_
             finally:
                 shutil.rmtree(made, ignore_errors=True)
     except MemoryError:
-        raise DataError(f"cannot make {folder}: generated data must fit into memory") from None
+        raise DataError(f"cannot make {folder}: there is not enough memory") from None
     except OSError as error:
         raise DataError(f"cannot make {folder}: {error.filename or ''} {error.strerror or error}") from None
     print(summary(meta, folder))
@@ -127,24 +127,25 @@ def finish(folder, meta):
     """Count and fingerprint what was written and write meta.json; returns the whole meta. DataError if a
     split is empty."""
     meta = {"source": [], **meta, "longest_document": 0, "counts": {}}
-    seen, digest = b"", hashlib.sha256()                    # the byte values that occur
+    seen = b""                                              # the byte values that occur
+    digest = hashlib.sha256()
     for split in ("train", "val"):
         starts = np.load(folder / f"{split}_starts.npy")
         if not len(starts):
             raise DataError(f"the {split} split of {meta['name']} is empty: its source holds no document")
-        paths, tokens = sorted(folder.glob(f"{split}*")), folder / f"{split}.bin"
+        paths, bin_path = sorted(folder.glob(f"{split}*")), folder / f"{split}.bin"
         for path in paths:
             for chunk in chunks(path, packed=False):
                 digest.update(chunk)
-                if path == tokens:
-                    seen += bytes(set(chunk.translate(None, seen)))
-        n_tokens = tokens.stat().st_size
+                if path == bin_path:
+                    seen += bytes(set(chunk.translate(None, seen)))     # set() of the new ones: it is slow
+        n_tokens = bin_path.stat().st_size
         lengths = np.diff(starts, append=np.uint64(documents_end(n_tokens, meta)))
         meta["longest_document"] = max(meta["longest_document"], int(lengths.max()))
         size = sum(path.stat().st_size for path in paths)
         meta["counts"][split] = {"tokens": n_tokens, "documents": len(starts), "bytes": size}
         if split == "train" and meta["kind"] == "image":        # the likeliest first pixel
-            first = np.memmap(tokens, np.uint8, mode="r")[starts]
+            first = np.memmap(bin_path, np.uint8, mode="r")[starts]
             meta["first_token"] = int(np.bincount(first).argmax())
     meta["fingerprint"] = digest.hexdigest()
     if meta["kind"] == "text":

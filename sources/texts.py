@@ -46,7 +46,7 @@ def stories(path):
     """
     n_stories, n_characters, dropped = 0, 0, Counter()
     for texts in split_stories(path):
-        text = "\0".join(map(fold, texts))                      # each apart: most need no folding
+        text = "\0".join(map(fold, texts))                      # story by story: most are plain ASCII
         plain = text.encode("ascii", "ignore").translate(None, CONTROL)
         n_characters += len(text)
         if len(plain) < len(text):
@@ -165,7 +165,7 @@ def documents(path):
 
 def newlines(path, after_blank):
     """0, and every newline before a line with text, uint64; after_blank: only those after a blank line."""
-    starts, before = array("Q", [0]), b"\x01\x01"                # two bytes of the past
+    starts, before = array("Q", [0]), b"\x01\x01"                # for the two bytes before the file
     for i, chunk in enumerate(chunks(path, packed=False)):
         text = np.frombuffer(before + chunk, np.uint8)          # the last byte waits for the next chunk
         at = np.flatnonzero(text[2:-1] == 10) + 2

@@ -24,8 +24,7 @@ ROOT, MIB = Path(runtime.__file__).parent, 1 << 20
 KILLS = 50
 STEPS = 1500        # of a run: more than it makes between the kills
 COMMANDS = {
-    "smt": ["train_smt.py", *SIZES, *PAIRS],
-    "causal": ["train_smt.py", *SIZES, *PAIRS, "--encoder=causal", "--optimizer=muon", "--trunk_iters=100"],
+    "smt": ["train_smt.py", *SIZES, *PAIRS, "--encoder=causal", "--optimizer=muon", "--trunk_iters=100"],
     "dmt": ["train_dmt.py", *ROLL_OUTS],
     "bptt": ["train_bptt.py", *BPTT_SIZES],
     "lstm": ["-m", "experiments.train_baseline", "--model=lstm", "--hidden=8", "--d_model=8"],
@@ -51,7 +50,7 @@ def same(one, other):
 
 def numbers(folder):
     """The log of a run without what depends on the clock."""
-    clock = {"seconds", "ms_per_step", "tokens_per_s"}
+    clock = {"seconds", "tokens_per_second"}
     return [{key: value for key, value in line.items() if key not in clock}
             for line in read_log(folder / "metrics.jsonl")]
 
@@ -81,6 +80,7 @@ def test_a_run_killed_50_times_ends_with_the_same_bits(stage, tmp_path, smt_run,
         process.kill()
         process.wait()
     reached = read_log(log)[-1]["step"]
+    assert reached > KILLS
     assert start(*command, f"--out_dir={killed}", stdout=subprocess.DEVNULL).wait() == 0
     print(f"{stage}: {KILLS} kills in {reached} of {STEPS} steps")
     whole = tmp_path / "whole"
@@ -94,7 +94,9 @@ def test_a_run_killed_50_times_ends_with_the_same_bits(stage, tmp_path, smt_run,
 def test_a_data_set_whose_preparation_is_killed_50_times_is_always_whole(tmp_path):
     prepare("fables", tmp_path, train_tokens=300_000, val_tokens=1000)
     rng, whole, killed = random.Random(0), data.load("fables", tmp_path).meta["fingerprint"], 0
-    while killed < KILLS:
+    for _ in range(4 * KILLS):
+        if killed == KILLS:
+            break
         process = start("data.py", "--dataset=fables", f"--data_dir={tmp_path}", "--train_tokens=300000",
                         "--val_tokens=1000", stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.5, 3))
@@ -103,12 +105,17 @@ def test_a_data_set_whose_preparation_is_killed_50_times_is_always_whole(tmp_pat
         process.wait()
         prepare("fables", tmp_path, anew=False)         # as at the start of a training script
         assert data.load("fables", tmp_path).meta["fingerprint"] == whole
+    assert killed == KILLS
     print(f"preparation: {KILLS} kills")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A million tokens, two gigabytes
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read as Linux tells it")
+
+
+@on_linux
 def test_a_million_tokens_take_no_more_memory_than_a_hundred_thousand(tmp_path):
     (tmp_path / "plain.txt").write_text("to be or not to be\n" * 3000)
     prepare("text", tmp_path, tmp_path / "plain.txt")
@@ -133,6 +140,7 @@ def test_a_million_tokens_take_no_more_memory_than_a_hundred_thousand(tmp_path):
     assert late < early + 8
 
 
+@on_linux
 @pytest.mark.parametrize("dataset", ["text", "tinystories"])
 def test_two_gigabytes_of_text_are_prepared_within_500_mb(dataset, tmp_path):
     separator = "\n<|endoftext|>\n" if dataset == "tinystories" else "\n\n"

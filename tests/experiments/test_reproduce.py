@@ -193,9 +193,11 @@ GARBAGE = b"\xff\xfe\x00", b"3", b"null", b"[" * 100_000, b'{"step": 4, "sec', b
 def test_files_that_a_crash_has_damaged_are_made_again(place, commands, name, garbage):
     assert call(reproduce, "mini").status == 0
     results = (place / "results" / "mini.json").read_text()
-    (place / "runs" / "mini" / "tiny-smt-1337" / name).write_bytes(garbage)
+    run = place / "runs" / "mini" / "tiny-smt-1337"
+    (run / name).write_bytes(garbage)
     result = call(reproduce, "mini")
     assert result.status == 0 and not result.err, result.err
+    assert "changes" in json.loads((run / "measured.json").read_text())
     losses = [[record["val_rnn_loss"] for record in json.loads(text)["records"]]
               for text in (results, (place / "results" / "mini.json").read_text())]
     assert losses[0] == losses[1]
@@ -255,7 +257,8 @@ def test_an_interrupt_lets_the_running_processes_save_and_ends(place, monkeypatc
     monkeypatch.setattr(reproduce.time, "sleep", sleep)
     result = call(reproduce, "long")
     assert result.status == 130 and [process.returncode for process in started] == [143]
-    assert "val_rnn_loss" in lines(here / "metrics.jsonl")[-1] and len(lines(here / "launches.jsonl")) == 1
+    assert "val_rnn_loss" in lines(here / "metrics.jsonl")[-1]
+    assert len(runtime.read_log(here / "launches.jsonl")) == 1
     _, runs, root = reproduce.plan("long", reproduce.Config())
     assert reproduce.state(runs[0], root, 1) == "begun"
 
