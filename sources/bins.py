@@ -44,7 +44,7 @@ def load_split(folder, meta, split):
     starts = load_starts(folder / f"{split}_starts.npy")
     if starts.shape != (n_documents,):
         raise ValueError(f"{split}_starts.npy has {starts.size} documents, meta.json says {n_documents}")
-    if starts[0] != 0 or starts[-1] >= n_tokens or (np.diff(starts) <= 0).any():
+    if starts[0] != 0 or starts.min() < 0 or starts.max() >= n_tokens or (np.diff(starts) <= 0).any():
         raise ValueError(f"{split}_starts.npy does not hold rising indices from 0 to below {n_tokens}")
     for array, allowed in (tokens, ()), (targets, (tasks.NO_TARGET,)):
         if array is not None and V < 256:

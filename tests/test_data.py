@@ -207,6 +207,11 @@ def overwrite(path, i, value):
     path.write_bytes(content)
 
 
+def change_starts(folder, change):
+    path = folder / "val_starts.npy"
+    np.save(path, change(np.load(path)))
+
+
 @pytest.mark.parametrize("damage, file", [
     (lambda f: (f / "meta.json").unlink(), ""), (lambda f: os.truncate(f / "train.bin", 400), "train.bin"),
     (lambda f: os.truncate(f / "val_targets.bin", 9), "val_targets.bin"),
@@ -214,8 +219,10 @@ def overwrite(path, i, value):
     (lambda f: (f / "val_starts.npy").write_bytes(b""), ""),
     (lambda f: np.save(f / "val_starts.npy", np.zeros(0, np.uint64)), "val_starts.npy"),
     (lambda f: np.save(f / "val_starts.npy", np.array([{}])), ""),
-    (lambda f: np.save(f / "val_starts.npy", np.load(f / "val_starts.npy") + np.uint64(1)), "val_starts.npy"),
-    (lambda f: np.save(f / "val_starts.npy", np.load(f / "val_starts.npy")[::-1]), "val_starts.npy"),
+    (lambda f: change_starts(f, lambda starts: starts + np.uint64(1)), "val_starts.npy"),
+    (lambda f: change_starts(f, lambda starts: starts[::-1]), "val_starts.npy"),
+    (lambda f: change_starts(f, lambda starts: np.append(starts[:-1], np.uint64(2**63 + 1))), "val_starts.npy"),
+    (lambda f: change_starts(f, lambda starts: starts.astype(float)), "val_starts.npy"),
     (lambda f: overwrite(f / "train.bin", 77, 250), "train"),
     (lambda f: overwrite(f / "train_targets.bin", 77, 250), "train")])
 def test_a_damaged_data_set_is_refused_and_the_remedy_is_named(folder, damage, file):

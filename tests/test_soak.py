@@ -73,7 +73,7 @@ def test_a_run_killed_50_times_ends_with_the_same_bits(stage, tmp_path, smt_run,
         if i % 5:                       # one in five is killed while it starts
             while process.poll() is None and (log.stat().st_size if log.exists() else 0) == before:
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 0.15))
         else:
             time.sleep(rng.uniform(0, 4))
         assert process.poll() is None, "it ended before it was killed"
