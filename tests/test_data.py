@@ -221,7 +221,7 @@ def change_starts(folder, change):
     (lambda f: np.save(f / "val_starts.npy", np.array([{}])), ""),
     (lambda f: change_starts(f, lambda starts: starts + np.uint64(1)), "val_starts.npy"),
     (lambda f: change_starts(f, lambda starts: starts[::-1]), "val_starts.npy"),
-    (lambda f: change_starts(f, lambda starts: np.append(starts[:-1], np.uint64(2**63 + 1))), "val_starts.npy"),
+    (lambda f: change_starts(f, lambda starts: np.append(starts[:-1], np.uint64(2**63 + 1))), "_starts.npy"),
     (lambda f: change_starts(f, lambda starts: starts.astype(float)), "val_starts.npy"),
     (lambda f: overwrite(f / "train.bin", 77, 250), "train"),
     (lambda f: overwrite(f / "train_targets.bin", 77, 250), "train")])
