@@ -75,7 +75,7 @@ def test_a_run_killed_50_times_ends_with_the_same_bits(stage, tmp_path, smt_run,
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.15))
         else:
-            time.sleep(rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, 2))
         assert process.poll() is None, "it ended before it was killed"
         process.kill()
         process.wait()
