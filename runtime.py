@@ -98,10 +98,12 @@ class Run:
 
     def print(self, line):
         """Print a line on the main process. A terminal that is gone, or a full disk, does not stop a run."""
-        if self.is_main and sys.stdout:
-            with suppress(OSError, ValueError):
+        if self.is_main:
+            try:
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # later lines go nowhere
 
     def autocast(self, cache=True):
         """bf16 on CUDA, nothing elsewhere. One block per forward pass: a block caches the casts of weights.

@@ -32,13 +32,16 @@ class Stopped(Exception):
 def run_main(main):
     """Call main(). A user's mistake becomes one line on stderr and an exit status, never a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # like Ctrl-C: what is half-written is removed
+    if sys.stdout is None:                                          # closed: like a pipe that nobody reads
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = open(writer, "w")
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")               # for names that the terminal cannot show
     status, message = 0, ""
     try:
         main()
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except (UsageError, DataError) as error:
         status, message = 2 if isinstance(error, UsageError) else 1, f"error: {' '.join(str(error).split())}"
     except Stopped as stop:
@@ -47,8 +50,6 @@ def run_main(main):
         status, message = 130, "interrupted"
     except torch.OutOfMemoryError as error:
         status, message = 1, f"error: {str(error).splitlines()[0]} Smaller sizes or batches need less."
-    except BrokenPipeError:                                         # `python sample.py | head`
-        status = 1
     except OSError as error:
         status, message = 1, f"error: {error.filename or 'standard output'}: {error.strerror or error}"
     with suppress(OSError, ValueError, AttributeError):
