@@ -193,6 +193,8 @@ class Run:
         shown = "  ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in losses.items())
         self.print(f"{step:>6}/{self.config.max_iters}  {shown}  norm {float(grad_norm):.2f}  lr {lr:.1e}  "
                    f"{seconds / steps * 1000:.0f} ms/step  {speed:,} tokens/s  {left}")
+        if self.bar:
+            self.bar.set_postfix_str(f"loss {losses['train_loss']:.3f}", refresh=False)
         self.sums, self.since = {}, {"step": step, **self.spent}
 
     @contextmanager

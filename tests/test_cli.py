@@ -1,10 +1,14 @@
 """The command line: what every script answers to flags, right and wrong."""
+import fcntl
 import os
+import pty
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import typing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -231,3 +235,15 @@ def test_what_cannot_be_printed_is_an_error_in_one_line(smt_run, data_dir, scrip
     status, errors = without_stdout(how, script, run, f"--data_dir={data_dir}")
     assert status == 1 and errors.splitlines()[-1].startswith("error: standard output: ")
     assert len(errors.splitlines()) == 1 + (script == "sample.py")      # which names its checkpoint
+
+
+def test_a_terminal_gets_a_bar_with_steps_and_loss(tmp_path, data_dir):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    where = f"--data_dir={data_dir}", f"--out_dir={tmp_path}"
+    command = [sys.executable, ROOT / "train_smt.py", *QUICK, *SIZES, *PAIRS, "--dataset=retrieval", *where]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "4/4" in shown and re.search(r"loss \d+\.\d", shown)
