@@ -20,11 +20,13 @@ python -m experiments.report adds figures, n-gram models and, for fables, the fa
 keep.
 """
 import math
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data as datasets
 from lib.checkpoints import check_data, find_checkpoint, load, restore
@@ -109,7 +111,8 @@ def measure(networks, initial_memory, x, y, t, rows=16):
     """
     targets, memories, logits = (y != IGNORE).any(0), [], []
     targets[:1] |= ~targets.any()           # the networks take no empty batch: one position without a weight
-    for part in x.split(rows):
+    hidden = True if os.environ.get("RANK", "0") != "0" else None       # None: shown on a terminal
+    for part in tqdm(x.split(rows), "evaluating", unit_scale=rows, unit=" rows", leave=False, disable=hidden):
         start = initial_memory.expand(len(part), -1, -1)
         memory = roll_out_without_gradients(networks["updater"], start, part)
         memories.append(memory[:, t])
