@@ -165,7 +165,7 @@ def documents(path):
 
 def newlines(path, after_blank):
     """0, and every newline before a line with text, uint64; after_blank: only those after a blank line."""
-    starts, before = array("Q", [0]), b"\x01\x01"                # for the two bytes before the file
+    starts, before = array("Q", [0]), b"\x01\x01"                # in place of the two bytes before
     for i, chunk in enumerate(chunks(path, packed=False)):
         text = np.frombuffer(before + chunk, np.uint8)          # the last byte waits for the next chunk
         at = np.flatnonzero(text[2:-1] == 10) + 2

@@ -136,8 +136,8 @@ def prepare_and_draw(name, source):
     draw_rows(name, place)
 
 
-def user(folder, name):
-    """What uses a file: a function without arguments."""
+def use_of(folder, name):
+    """What a file is used for: a function without arguments."""
     if name == "ckpt.pt":
         return lambda: restore(load(folder))
     if name == "metrics.jsonl":
@@ -176,7 +176,7 @@ def picture(format, mode):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, data_dir, smt_run):
-    """A folder with a folder for each kind of file: {kind: (file to be damaged, ...)}."""
+    """Copies of files, to be damaged: {kind: their paths}."""
     place = tmp_path_factory.mktemp("files")
     run = shutil.copytree(smt_run("retrieval"), place / "run")
     for name in ("fables", "retrieval", "mnist"):
@@ -261,5 +261,5 @@ def test_a_damaged_file_is_used_or_refused(files, kind, n):
 
     def check(i, edits):
         path = files[kind][i % len(whole)]
-        check_file(path, whole[path], edits, user(path.parent, path.name))
+        check_file(path, whole[path], edits, use_of(path.parent, path.name))
     fuzz(check, n, EDITS)

@@ -49,7 +49,7 @@ def same(one, other):
 
 
 def numbers(folder):
-    """The log of a run without what depends on the clock."""
+    """The log of a run, without times and speeds."""
     clock = {"seconds", "tokens_per_second"}
     return [{key: value for key, value in line.items() if key not in clock}
             for line in read_log(folder / "metrics.jsonl")]
@@ -144,8 +144,8 @@ def test_a_million_tokens_take_no_more_memory_than_a_hundred_thousand(tmp_path):
 @pytest.mark.parametrize("dataset", ["text", "tinystories"])
 def test_two_gigabytes_of_text_are_prepared_within_500_mb(dataset, tmp_path):
     separator = "\n<|endoftext|>\n" if dataset == "tinystories" else "\n\n"
-    some = fables.draw(np.random.default_rng(0), 50_000)
-    block = (separator.join(story + " “Oh”, said the cat." * (i % 9 == 0) for i, story in enumerate(some))
+    drawn = fables.draw(np.random.default_rng(0), 50_000)
+    block = (separator.join(story + " “Oh”, said the cat." * (i % 9 == 0) for i, story in enumerate(drawn))
              + separator).encode()
     names = ("TinyStories-train.txt", "TinyStories-valid.txt") if dataset == "tinystories" else ("text.txt",)
     for name, size in zip(names, (2 * 10**9, 10**7)):
