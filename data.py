@@ -156,7 +156,7 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
     return x, y, *data.train.rows(torch.from_numpy(t))
 
 
-def held_out(data, n_documents, length, seed):
+def held_out(data, n_documents, length=1024, seed=0):
     """Validation rows x, y (n_documents, length), the same for every caller with the same seed.
 
     Documents from their start, cut at their end, and rows no longer than the longest of them; of synthetic

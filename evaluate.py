@@ -42,7 +42,7 @@ class Config:
     ckpt: str = ""              # checkpoints (files or folders of runs) to take instead, separated by commas
     data_dir: str = "data"      # folder of the prepared data sets
     eval_docs: int = 256        # held-out documents, at most
-    eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
+    eval_len: int = 1024        # tokens read of each of them at most (synthetic documents are read whole)
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
 
     def __post_init__(self):
@@ -217,7 +217,7 @@ def main():
     meta = next(iter(loaded.values()))[1]["data"]
     data = datasets.load(meta["name"], config.data_dir)
     n = min(config.eval_docs, len(data.val.starts))       # no document twice: they are to be independent
-    x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len, seed=0))
+    x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len))
     print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
     columns = {}
     for name, (folder, checkpoint, _, networks, initial_memory) in loaded.items():

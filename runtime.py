@@ -54,15 +54,15 @@ class RunConfig:
     grad_accum: int = 1         # micro-batches per step and process; saves memory
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
+    weight_decay: float = 0.01  # of matrices; more of it where a small text is read often
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
-    eval_len: int = 512         # tokens read of each of them at most (synthetic documents are read whole)
     log_interval: int = 10      # steps between log lines
 
     def __post_init__(self):
-        check_fields(self, "max_iters batch_size grad_accum eval_interval eval_docs eval_len log_interval")
-        if not self.lr > 0:
-            raise UsageError("--lr must be above 0")
+        check_fields(self, "max_iters batch_size grad_accum eval_interval eval_docs log_interval")
+        if not self.lr > 0 or not self.weight_decay >= 0:
+            raise UsageError("--lr must be above 0, --weight_decay at least 0")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ PRESETS = {
                         eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4,
                   batch_size=128, grad_accum=2, max_iters=150_000, lr=3e-4, eval_interval=5000,
-                  eval_len=1024, log_interval=100),
+                  log_interval=100),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
     # the graph of 25,000 tokens takes 60 GiB: rows of 784 and 1,024 tokens need smaller micro-batches
     "paper/mnist": dict(grad_accum=4), "paper/sketchy": dict(grad_accum=8),
@@ -91,7 +91,7 @@ def main():
     ensure(config.dataset, config.data_dir)
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = datasets.row_length(data, config.seq_len)
-    val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
+    val_x, val_y = datasets.held_out(data, config.eval_docs)
 
     networks = build(config, data.vocab_size, ("updater", "readout"))
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))

@@ -43,13 +43,13 @@ class Config(RunConfig):
             raise UsageError("--horizon and --seq_len are at least 0, --label_stride 1, --p_start a share")
 
 
-TEXT = dict(p_start=0.5, label_stride=1, max_iters=800)
+TEXT = dict(p_start=0.5, label_stride=1, max_iters=800, weight_decay=0.5)
 TASK = dict(batch_size=32, label_stride=1, max_iters=800)
 PRESETS = {
     "tiny": dict(optimizer="muon", batch_size=8, max_iters=400, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
                  label_stride=2, eval_interval=100),
     "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0),
-    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16, eval_len=1024),
+    "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
 for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
@@ -127,7 +127,7 @@ def main():
     run = runtime.start(config, "dmt")
     ensure(config.dataset, config.data_dir)
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
-    val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
+    val_x, val_y = datasets.held_out(data, config.eval_docs)
 
     source_path = run.checkpoint_path if run.resume else config.init_from or f"runs/{config.dataset}-smt"
     source = load(source_path, run.device)

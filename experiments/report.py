@@ -241,7 +241,7 @@ def main():
     for run in trained:
         check_data(run.checkpoint, data, run.folder, warn=lambda line: print(line, file=sys.stderr))
     n = min(config.eval_docs, len(data.val.starts))     # no document twice: they are to be independent
-    x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len, seed=0))
+    x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len))
 
     print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
     columns = {run.name: run.evaluate(x, y, meta) for run in trained}

@@ -8,7 +8,7 @@
 An experiment (plans.py) is a list of runs of the train scripts, in runs/reproduce/<experiment>/. An
 interrupted run is resumed. A finished run is not run again unless its flags have changed. Ctrl-C stops the
 runs, which save first. Results are written anew whenever a run finishes. TinyStories and MNIST are taken from
-data/; TinyStories, a download of 2 GB, is left out until `python data.py --dataset=tinystories` was run.
+data/, where they are downloaded to if they are missing.
 """
 import dataclasses
 import functools
@@ -310,9 +310,7 @@ def plan(name, config):
     """An experiment, its runs, each after its needs, and their folder."""
     experiment = EXPERIMENTS[name]
     root = RUNS / (name if config.scale == 1 else f"{name}-x{config.scale:g}")
-    there = (DOWNLOADED / "tinystories" / "meta.json").exists()
-    runs = [run for run in experiment.runs(seeds_of(name, config)) if there or run.data != "tinystories"]
-    return experiment, runs, root
+    return experiment, experiment.runs(seeds_of(name, config)), root
 
 
 def overview(config):

@@ -65,7 +65,7 @@ PRESETS = {
     "small": dict(d_model=184, layers=4, hidden=556, batch_size=64, max_iters=20_000, lr=1e-3,
                   eval_interval=1000, log_interval=50),
     "paper": dict(d_model=256, n_heads=8, layers=12, hidden=1392, batch_size=128, max_iters=150_000, lr=3e-4,
-                  eval_interval=5000, eval_len=1024, log_interval=100),
+                  eval_interval=5000, log_interval=100),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
 for task in ("retrieval", "copy", "stack", "modular"):
@@ -181,7 +181,7 @@ def main():
     ensure(config.dataset, config.data_dir)
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     T = datasets.row_length(data, config.seq_len)
-    val_x, val_y = datasets.held_out(data, config.eval_docs, config.eval_len, seed=0)
+    val_x, val_y = datasets.held_out(data, config.eval_docs)
 
     networks = build(config, data.vocab_size).to(run.device)
     optimizers = make_optimizers(networks, config)

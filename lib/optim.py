@@ -4,7 +4,6 @@ import math
 import torch
 
 WARMUP = 0.01          # share of the steps
-WEIGHT_DECAY = 0.01    # of matrices
 GRAD_CLIP = 1.0        # largest norm of the gradient
 
 
@@ -60,12 +59,12 @@ def make_optimizers(networks, config):
               and isinstance(m, torch.nn.Linear) and name.split(".")[-1] not in ("head", "gate")}
     matrices, groups = [], {}                               # groups: by weight decay
     for p in parameters:
-        decay = WEIGHT_DECAY if p.dim() >= 2 and id(p) not in embeddings else 0.0
+        decay = config.weight_decay if p.dim() >= 2 and id(p) not in embeddings else 0.0
         (matrices if id(p) in hidden else groups.setdefault(decay, [])).append(p)
     groups = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
     fused = parameters[0].device.type in ("cpu", "cuda")
     optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)]
-    return optimizers + ([Muon(matrices, config.lr, WEIGHT_DECAY)] if matrices else [])
+    return optimizers + ([Muon(matrices, config.lr, config.weight_decay)] if matrices else [])
 
 
 def learning_rate(step, config, decay_from=0):

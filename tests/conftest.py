@@ -28,7 +28,7 @@ TRANSFORMER_SIZES = ["--d_model=8", "--n_heads=2", "--decoder_layers=1", "--cont
 PAIRS = ["--seq_len=8", "--positions=2", "--trunk_iters=0"]
 ROLL_OUTS = ["--label_stride=1"]
 QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4", "--log_interval=1",
-         "--eval_interval=100", "--eval_docs=4", "--eval_len=16", "--lr=0.01", "--optimizer=adamw"]
+         "--eval_interval=100", "--eval_docs=4", "--lr=0.01", "--optimizer=adamw"]
 
 
 def call(script, *arguments):

@@ -71,9 +71,10 @@ def test_a_number_that_is_not_finite_is_refused_by_every_float_flag(script, valu
 
 @TRAIN_SCRIPTS
 @pytest.mark.parametrize("arguments", [
-    "--preset=huge", "--preset=tiny/copy", "--lr=0", "--lr=-1", "--lr=fast", "--p_start=1.5",
-    "--batch_size=0", "--max_iters=1.5", "--max_iters=0", "--eval_docs=-1", "--optimizer=sgd", "--seed=many",
-    "--compile=perhaps", "--device=gpu", "--resume=maybe", "--seq_len=-1", "--grad_accum=5 --batch_size=16"])
+    "--preset=huge", "--preset=tiny/copy", "--lr=0", "--lr=-1", "--lr=fast", "--weight_decay=-1",
+    "--p_start=1.5", "--batch_size=0", "--max_iters=1.5", "--max_iters=0", "--eval_docs=-1", "--seed=many",
+    "--optimizer=sgd", "--compile=perhaps", "--device=gpu", "--resume=maybe", "--seq_len=-1",
+    "--grad_accum=5 --batch_size=16"])
 def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(
         script, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

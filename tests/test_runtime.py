@@ -50,14 +50,13 @@ MATRICES = {                # by the end of their names; what has another end is
     dict(encoder="causal", updater="mlp", conv_width=2), {}, dict(updater="gru")],
     ids=["causal-mlp", "window-transformer", "window-gru"])
 def test_muon_gets_the_hidden_matrices_adamw_the_rest_and_all_are_decayed_but_embeddings(
-        monkeypatch, sizes, optimizer):
-    monkeypatch.setattr(optim, "WEIGHT_DECAY", 0.5)
+        sizes, optimizer):
     one_layer = dict(d_model=8, n_heads=2, updater_layers=1, encoder_layers=1)
     networks = model.build(model.ModelConfig(**one_layer, **sizes), 5)
     networks.initial_memory = torch.nn.Parameter(torch.randn(4, 8))         # as BPTT has it
     networks["readout"].requires_grad_(False)                               # what is frozen belongs to none
     names, trained_by, decay = {id(p): name for name, p in networks.named_parameters()}, {}, {}
-    found = optim.make_optimizers(networks, RunConfig(optimizer=optimizer, lr=0.25))
+    found = optim.make_optimizers(networks, RunConfig(optimizer=optimizer, lr=0.25, weight_decay=0.5))
     for one in found:
         for group in one.param_groups:
             assert group["lr"] == 0.25

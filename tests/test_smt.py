@@ -276,7 +276,7 @@ def test_a_run_whose_first_phase_would_end_elsewhere_is_not_resumed(tmp_path, tr
 
 
 def test_a_trunk_reads_rows_and_documents_longer_than_its_context(train):
-    train("--dataset=fables", "--seq_len=20", "--eval_len=30")
+    train("--dataset=fables", "--seq_len=20")
 
 
 @pytest.mark.parametrize("arguments", [

@@ -112,15 +112,6 @@ def test_the_first_of_each_size_is_the_one_that_the_other_sizes_are_compared_at(
         assert values[0] == settings[size]
 
 
-def test_tinystories_is_planned_where_it_has_been_prepared(place):
-    def data_sets():
-        return {run.data for run in reproduce.plan("text", reproduce.Config())[1]}
-    assert data_sets() == {"fables"}
-    (place / "data" / "tinystories").mkdir(parents=True)
-    (place / "data" / "tinystories" / "meta.json").write_text("{}")
-    assert data_sets() == {"fables", "tinystories"}
-
-
 # ---- the runner
 
 def test_an_experiment_runs_end_to_end_and_a_second_call_starts_nothing(place, monkeypatch, commands):
