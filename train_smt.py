@@ -190,7 +190,7 @@ def main():
             run.count(losses)
         if step < trunk_end:
             run.sum_gradients(networks)
-        lr = learning_rate(step, config, decay_from=(trunk_end + 4 * config.max_iters) // 5)
+        lr = learning_rate(step, config, decay_from=trunk_end)
         grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * T, grad_norm, lr, phase_ends=(trunk_end,))
     run.end(step)
