@@ -1,4 +1,5 @@
 """The SMT objective: contexts, futures and targets against the stream, uniformity, the trunk's phase."""
+import itertools
 import signal
 from pathlib import Path
 
@@ -273,6 +274,13 @@ def test_a_run_whose_first_phase_would_end_elsewhere_is_not_resumed(tmp_path, tr
         refused(train(f"--trunk_iters={n}", "--max_iters=6", "--resume", calls=call), 2, "--trunk_iters")
     assert before == {path.name: path.read_bytes() for path in Path(tmp_path / "run").iterdir()}
     train("--trunk_iters=2", "--max_iters=6", "--resume")
+
+
+def test_the_learning_rate_stays_while_the_trunk_is_alone_and_falls_afterwards(tmp_path, train):
+    train("--trunk_iters=4", "--max_iters=10")
+    rates = [line["lr"] for line in read_log(tmp_path / "run" / "metrics.jsonl") if "lr" in line]
+    assert len(rates) == 10 and len(set(rates[:5])) == 1
+    assert all(before > after > 0 for before, after in itertools.pairwise(rates[4:]))
 
 
 def test_a_trunk_reads_rows_and_documents_longer_than_its_context(train):
