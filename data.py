@@ -156,15 +156,15 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
     return x, y, *data.train.rows(torch.from_numpy(t))
 
 
-def held_out(data, n_documents, length=1024, seed=0):
+def held_out(data, n_documents, length=512, seed=0):
     """Validation rows x, y (n_documents, length), the same for every caller with the same seed.
 
-    Documents from their start, cut at their end, and rows no longer than the longest of them; of synthetic
-    tasks as long as it, since their targets come last. The data set `text` has paragraphs too short to
-    remember anything in: its rows go on. No document comes twice before each has come once.
+    Documents from their start, cut at their end. Rows of text are no longer than the longest document;
+    pictures and synthetic documents, whose targets come last, are whole. The data set `text` has paragraphs
+    too short to remember anything in: its rows go on. No document comes twice before each has come once.
     """
     cut, longest = data.meta["name"] != "text", data.meta["longest_document"]
-    length = longest if data.meta["kind"] == "synthetic" else min(length, longest) if cut else length
+    length = longest if data.meta["kind"] != "text" else min(length, longest) if cut else length
     order = np.resize(philox(seed, 0, "held out").permutation(len(data.val.starts)), n_documents)
     return document_rows(data.val, data.meta, data.val.starts[order], length, cut)
 

@@ -42,7 +42,7 @@ class Config:
     ckpt: str = ""              # checkpoints (files or folders of runs) to take instead, separated by commas
     data_dir: str = "data"      # folder of the prepared data sets
     eval_docs: int = 256        # held-out documents, at most
-    eval_len: int = 1024        # tokens read of each of them at most (synthetic documents are read whole)
+    eval_len: int = 512         # tokens read of each of them at most (text; other documents are read whole)
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
 
     def __post_init__(self):

@@ -356,7 +356,7 @@ def quick(monkeypatch):
 def test_figures_are_whole_and_small_and_what_makes_no_sense_is_left_out(dataset, left_out, data_dir, smt_run,
                                                                          tmp_path, quick):
     from matplotlib.image import imread
-    flags = "--eval_docs=5", "--eval_len=60", "--device=cpu", f"--ckpt={smt_run(dataset)}"
+    flags = "--eval_docs=5", "--device=cpu", f"--ckpt={smt_run(dataset)}"
     out = f"--figures={tmp_path / 'new' / 'figures'}", f"--json={tmp_path / 'a.json'}"
     result = call(report, *flags, *out, f"--data_dir={data_dir}")
     assert result.status == 0 and not result.err
