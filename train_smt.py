@@ -52,7 +52,7 @@ class Config(ModelConfig, RunConfig):
 CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", n_heads=4, positions=8,
               conv_width=8, future_len=200, eval_interval=800, log_interval=50)
 TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128,
-            seq_len=256, future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400, weight_decay=0.5)
+            seq_len=256, future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400)
 TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16,
             max_iters=1300, lr=2e-3, eval_interval=200)
 PRESETS = {
@@ -190,7 +190,7 @@ def main():
             run.count(losses)
         if step < trunk_end:
             run.sum_gradients(networks)
-        lr = learning_rate(step, config, decay_from=trunk_end)
+        lr = learning_rate(step, config, decay_from=(trunk_end + 4 * config.max_iters) // 5)
         grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * T, grad_norm, lr, phase_ends=(trunk_end,))
     run.end(step)
