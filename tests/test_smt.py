@@ -276,11 +276,11 @@ def test_a_run_whose_first_phase_would_end_elsewhere_is_not_resumed(tmp_path, tr
     train("--trunk_iters=2", "--max_iters=6", "--resume")
 
 
-def test_the_learning_rate_stays_while_the_trunk_is_alone_and_falls_afterwards(tmp_path, train):
-    train("--trunk_iters=4", "--max_iters=10")
+def test_the_learning_rate_falls_in_the_last_fifth_of_the_steps_after_the_trunk_s(tmp_path, train):
+    train("--trunk_iters=4", "--max_iters=24")
     rates = [line["lr"] for line in read_log(tmp_path / "run" / "metrics.jsonl") if "lr" in line]
-    assert len(rates) == 10 and len(set(rates[:5])) == 1
-    assert all(before > after > 0 for before, after in itertools.pairwise(rates[4:]))
+    assert len(rates) == 24 and len(set(rates[:21])) == 1               # steps 0 to 20
+    assert all(before > after > 0 for before, after in itertools.pairwise(rates[20:]))
 
 
 def test_a_trunk_reads_rows_and_documents_longer_than_its_context(train):
