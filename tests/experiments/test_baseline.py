@@ -224,7 +224,7 @@ def test_a_checkpoint_is_the_module_that_was_evaluated(model, data_dir, tmp_path
     assert checkpoint["stage"] == model and module.config.hidden == 6
     assert {name.split(".")[0] for name in checkpoint["model"]} == {model} and model not in NETWORKS
     data = train_baseline.datasets.load("fables", data_dir)
-    x, y = train_baseline.datasets.held_out(data, 4, 16, seed=0)
+    x, y = train_baseline.datasets.held_out(data, 4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (logged,) = (line for line in lines if line["step"] == 4 and "val_rnn_loss" in line)
     for name, value in evaluate(module, x, y, data.meta).items():
