@@ -54,7 +54,7 @@ class RunConfig:
     grad_accum: int = 1         # micro-batches per step and process; saves memory
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    weight_decay: float = 0.01  # of matrices; more of it where a small text is read often
+    weight_decay: float = 0.01  # of matrices, but not of embeddings
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
     log_interval: int = 10      # steps between log lines
