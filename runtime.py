@@ -34,6 +34,8 @@ from lib.checkpoints import check_data, load, load_weights, write_atomically
 from lib.cli import STOPS, DataError, Stopped, UsageError, check_fields
 from lib.compiler import compile_failure
 
+LOG_LINES = 16      # of the training loss, from one evaluation to the next
+
 # ------------------------------------------------------------------------------------------------------------
 # Flags
 
@@ -54,15 +56,15 @@ class RunConfig:
     grad_accum: int = 1         # micro-batches per step and process; saves memory
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
+    decay: float = 1.0          # share of the steps (SMT: of those after the trunk's) in which the rate falls
     weight_decay: float = 0.01  # of matrices, but not of embeddings
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
-    log_interval: int = 10      # steps between log lines
 
     def __post_init__(self):
-        check_fields(self, "max_iters batch_size grad_accum eval_interval eval_docs log_interval")
-        if not self.lr > 0 or not self.weight_decay >= 0:
-            raise UsageError("--lr must be above 0, --weight_decay at least 0")
+        check_fields(self, "max_iters batch_size grad_accum eval_interval eval_docs")
+        if not self.lr > 0 or not self.weight_decay >= 0 or not 0 <= self.decay <= 1:
+            raise UsageError("--lr must be above 0, --weight_decay at least 0, --decay from 0 to 1")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,8 +168,9 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
 
     def log_training(self, step, tokens, grad_norm, lr, phase_ends=()):
-        """After a step of so many tokens. Every log_interval steps, and where a phase or the run ends, log
-        the losses' means over the steps since the last line. DataError if they are not finite."""
+        """Call after each step; tokens: what it read. LOG_LINES times from one evaluation to the next, and
+        where a phase or the run ends, log the losses' means over the steps since the last line. DataError if
+        they are not finite."""
         self.spent["tokens"] += tokens
         if self.compile and step - 1 == max(self.first_step, *phase_ends, 0):   # compiling is not training
             self.print(f"compiled in {duration(time.perf_counter() - self.clock)}")
@@ -175,8 +178,9 @@ class Run:
         if self.bar:
             self.bar.update(step - self.bar.n)
         ends = sorted({*phase_ends, self.config.max_iters})
+        log_interval = max(1, min(self.config.eval_interval, self.config.max_iters) // LOG_LINES)
         stopping = self.signal and self.world_size == 1     # several processes have not agreed on it yet
-        if step % self.config.log_interval and step not in ends and not stopping:
+        if step % log_interval and step not in ends and not stopping:
             return
         self.read_clock()
         since, steps = self.since, step - self.since["step"]

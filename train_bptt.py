@@ -44,10 +44,9 @@ PRESETS = {
     "tiny": MLP | dict(d_model=64, memory_tokens=16, decoder_layers=2, seq_len=220, p_start=0.9,
                        batch_size=16, max_iters=400, lr=2e-3, eval_interval=100),
     "small": MLP | dict(d_model=128, decoder_layers=3, batch_size=64, max_iters=20_000, lr=1e-3,
-                        eval_interval=1000, log_interval=50),
+                        eval_interval=1000),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4,
-                  batch_size=128, grad_accum=2, max_iters=150_000, lr=3e-4, eval_interval=5000,
-                  log_interval=100),
+                  batch_size=128, grad_accum=2, max_iters=150_000, lr=3e-4, eval_interval=5000),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
     # the graph of 25,000 tokens takes 60 GiB: rows of 784 and 1,024 tokens need smaller micro-batches
     "paper/mnist": dict(grad_accum=4), "paper/sketchy": dict(grad_accum=8),

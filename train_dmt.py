@@ -43,7 +43,7 @@ class Config(RunConfig):
             raise UsageError("--horizon and --seq_len are at least 0, --label_stride 1, --p_start a share")
 
 
-TEXT = dict(p_start=0.5, label_stride=1, max_iters=800)
+TEXT = dict(p_start=0.5, label_stride=1, max_iters=800, weight_decay=0.5)
 TASK = dict(batch_size=32, label_stride=1, max_iters=800)
 PRESETS = {
     "tiny": dict(optimizer="muon", batch_size=8, max_iters=400, lr=2e-3, lambda_dyn=1.0, p_start=0.9,

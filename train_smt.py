@@ -50,9 +50,10 @@ class Config(ModelConfig, RunConfig):
 
 
 CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon", n_heads=4, positions=8,
-              conv_width=8, future_len=200, eval_interval=800, log_interval=50)
+              conv_width=8, future_len=200, eval_interval=800, decay=0.2)
 TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128,
-            seq_len=256, future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400)
+            seq_len=256, future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400, decay=1.0,
+            weight_decay=0.5)
 TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16,
             max_iters=1300, lr=2e-3, eval_interval=200)
 PRESETS = {
@@ -62,7 +63,7 @@ PRESETS = {
                            trunk_iters=2000, batch_size=32, max_iters=20_000, lr=1e-3),
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, encoder_layers=8, decoder_layers=4,
                   updater_layers=8, context_len=256, future_len=64, batch_size=128, max_iters=150_000,
-                  lr=3e-4, eval_interval=5000, log_interval=100),
+                  lr=3e-4, eval_interval=5000, decay=0.2),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
 for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):     # "<preset>/<dataset>" adds to a preset
@@ -190,7 +191,7 @@ def main():
             run.count(losses)
         if step < trunk_end:
             run.sum_gradients(networks)
-        lr = learning_rate(step, config, decay_from=(trunk_end + 4 * config.max_iters) // 5)
+        lr = learning_rate(step, config, begin=trunk_end)
         grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * T, grad_norm, lr, phase_ends=(trunk_end,))
     run.end(step)

@@ -75,7 +75,7 @@ SCALING = {"memory_tokens": (16, 4, 8), "context_len": (220, 32, 64, 128), "d_mo
 BASELINES = {"bptt": "", "lstm": "", "transformer": ""}                 # stage: its flags
 NAMES = {"bptt": "BPTT", "lstm": "LSTM", "transformer": "Transformer"}
 RATES = (1e-3, 3e-3)    # learning rates of a baseline at the first seed; the better one is for the others
-PROBE = "--max_iters=30 --log_interval=5 --eval_docs=4"     # a run that measures the time of a step
+PROBE = "--max_iters=30 --eval_docs=4"     # a run that measures the time of a step
 
 
 # ----------------------------------------------------------------------------------------------------

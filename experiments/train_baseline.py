@@ -61,11 +61,11 @@ TASK = dict(batch_size=64, max_iters=1000, lr=1e-3)
 TEXT = dict(d_model=128, layers=6, hidden=464, context_len=256, seq_len=256, p_start=0.5)
 PRESETS = {
     "tiny": dict(d_model=112, layers=4, hidden=336, context_len=220, seq_len=220, p_start=0.9, batch_size=16,
-                 max_iters=1500, lr=3e-3, eval_interval=300, log_interval=50),
+                 max_iters=1500, lr=3e-3, eval_interval=300),
     "small": dict(d_model=184, layers=4, hidden=556, batch_size=64, max_iters=20_000, lr=1e-3,
-                  eval_interval=1000, log_interval=50),
+                  eval_interval=1000),
     "paper": dict(d_model=256, n_heads=8, layers=12, hidden=1392, batch_size=128, max_iters=150_000, lr=3e-4,
-                  eval_interval=5000, log_interval=100),
+                  eval_interval=5000),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
 }
 for task in ("retrieval", "copy", "stack", "modular"):

@@ -67,14 +67,14 @@ def make_optimizers(networks, config):
     return optimizers + ([Muon(matrices, config.lr, config.weight_decay)] if matrices else [])
 
 
-def learning_rate(step, config, decay_from=0):
-    """Linear warm-up to config.lr, constant up to the step `decay_from`, then a cosine down to a tenth of it
-    at max_iters."""
+def learning_rate(step, config, begin=0):
+    """Linear warm-up to config.lr, constant, then a cosine down to a tenth of it at max_iters, over the last
+    share config.decay of the steps from `begin` on."""
     warmup = max(1, round(WARMUP * config.max_iters))
-    begin = max(warmup, decay_from)
-    if step < begin:
+    fall = max(warmup, config.max_iters - round(config.decay * (config.max_iters - begin)))
+    if step < fall:
         return config.lr * min(1, (step + 1) / warmup)
-    share = (step - begin) / max(1, config.max_iters - begin)
+    share = (step - fall) / max(1, config.max_iters - fall)
     return config.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ def test_learning_rate_warms_up_stays_and_decays_to_a_tenth(monkeypatch):
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and rates[10] == 2.0
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
     assert [rates[55], rates[100]] == pytest.approx([1.1, 0.2])
-    late = [optim.learning_rate(step, config, decay_from=60) for step in range(101)]
+    late = [optim.learning_rate(step, replace(config, decay=0.5), begin=20) for step in range(101)]
     assert late[:10] == rates[:10] and set(late[10:61]) == {2.0}
     assert [late[80], late[100]] == pytest.approx([1.1, 0.2])
     assert optim.learning_rate(0, RunConfig(lr=2.0, max_iters=4)) == 2.0        # less than a step of warm-up
@@ -354,7 +355,7 @@ def test_a_second_signal_ends_the_process_at_once_and_the_checkpoint_is_whole(tm
 
 def two_processes(tmp_path, **more):
     """A Run that counts how often its processes would talk, as if the other one was not told to stop."""
-    config, calls = RunConfig(log_interval=1000), []
+    config, calls = RunConfig(eval_interval=1000), []
     run = runtime.Run(config, "smt", torch.device("cpu"), 0, 2, tmp_path, False, False, **more)
     run.sum = lambda tensor: calls.append(tensor) or tensor
     return run, calls
@@ -373,7 +374,7 @@ def test_a_signal_to_one_of_several_processes_starts_no_exchange_that_the_others
 
 
 def test_the_time_left_is_that_of_the_phase_whose_steps_were_timed(tmp_path, capsys):
-    config = runtime.RunConfig(max_iters=100, log_interval=1)
+    config = runtime.RunConfig(max_iters=100, eval_interval=1)
     run = runtime.Run(config, "smt", torch.device("cpu"), 0, 1, tmp_path, False, False)
     for step, phase in (10, True), (11, False):
         run.count({"train_loss": torch.ones(())})

@@ -9,6 +9,7 @@ from conftest import PAIRS, QUICK, SIZES, call, randomise, refused, trained
 from reference import reference_uniformity
 
 import data
+import runtime
 import train_bptt
 import train_smt
 from data import Data, Split
@@ -214,7 +215,7 @@ EVERY = {"trunk", "dec", "dyn", "unif", "read"}
 
 
 def test_the_trunk_is_trained_first_then_all(tmp_path, train, monkeypatch):
-    flags = ["--trunk_iters=4", "--log_interval=2", "--max_iters=8"]
+    flags = ["--trunk_iters=4", "--max_iters=8"]
     chosen, stopped = train_smt.learning_rate, []
     for stop in (2, 4, 6):
         def rate(step, config, stop=stop, **more):
@@ -222,6 +223,7 @@ def test_the_trunk_is_trained_first_then_all(tmp_path, train, monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
             return chosen(step, config, **more)
         with monkeypatch.context() as patch:
+            patch.setattr(runtime, "LOG_LINES", 4)
             patch.setattr(train_smt, "learning_rate", rate)
             result = train(*flags, "--resume=auto", calls=call)
         assert result.status == 143
@@ -232,12 +234,14 @@ def test_the_trunk_is_trained_first_then_all(tmp_path, train, monkeypatch):
     for before, after, moved in ((0, 1, trunk), (1, 2, every)):
         for name, weight in stopped[before]["model"].items():
             assert torch.equal(weight, stopped[after]["model"][name]) != name.startswith(moved), name
+    monkeypatch.setattr(runtime, "LOG_LINES", 4)
     train(*flags, "--resume")
     assert terms(tmp_path / "run") == [(2, {"trunk"}), (4, {"trunk"}), (6, EVERY), (8, EVERY)]
 
 
-def test_a_log_line_averages_the_steps_of_one_phase(tmp_path, train):
-    train("--trunk_iters=3", "--max_iters=8", "--log_interval=4")
+def test_a_log_line_averages_the_steps_of_one_phase(tmp_path, train, monkeypatch):
+    monkeypatch.setattr(runtime, "LOG_LINES", 2)
+    train("--trunk_iters=3", "--max_iters=8")
     assert terms(tmp_path / "run") == [(3, {"trunk"}), (4, EVERY), (8, EVERY)]
     first = read_log(tmp_path / "run" / "metrics.jsonl")[1]
     assert first["train_loss"] == pytest.approx(first["loss_trunk"])
@@ -276,11 +280,14 @@ def test_a_run_whose_first_phase_would_end_elsewhere_is_not_resumed(tmp_path, tr
     train("--trunk_iters=2", "--max_iters=6", "--resume")
 
 
-def test_the_learning_rate_falls_in_the_last_fifth_of_the_steps_after_the_trunk_s(tmp_path, train):
-    train("--trunk_iters=4", "--max_iters=24")
+@pytest.mark.parametrize("decay, constant", [(0.2, 20), (1, 4), (0, 24)])
+def test_the_learning_rate_falls_in_the_last_share_of_the_steps_after_the_trunk_s(
+        tmp_path, train, monkeypatch, decay, constant):
+    monkeypatch.setattr(runtime, "LOG_LINES", 24)
+    train("--trunk_iters=4", "--max_iters=24", f"--decay={decay}")
     rates = [line["lr"] for line in read_log(tmp_path / "run" / "metrics.jsonl") if "lr" in line]
-    assert len(rates) == 24 and len(set(rates[:21])) == 1               # steps 0 to 20
-    assert all(before > after > 0 for before, after in itertools.pairwise(rates[20:]))
+    assert len(rates) == 24 and len(set(rates[:constant + 1])) == 1
+    assert all(before > after > 0 for before, after in itertools.pairwise(rates[constant:]))
 
 
 def test_a_trunk_reads_rows_and_documents_longer_than_its_context(train):

@@ -60,7 +60,7 @@ def numbers(folder):
 
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_a_run_killed_50_times_ends_with_the_same_bits(stage, tmp_path, smt_run, data_dir):
-    command = [*COMMANDS[stage], *QUICK, "--dataset=retrieval", f"--data_dir={data_dir}", "--log_interval=20",
+    command = [*COMMANDS[stage], *QUICK, "--dataset=retrieval", f"--data_dir={data_dir}",
                "--eval_interval=7", f"--max_iters={STEPS}", "--resume=auto"]
     if stage == "dmt":
         command.append(f"--init_from={smt_run('retrieval')}")

@@ -315,12 +315,11 @@ def test_weights_go_from_stage_to_stage(tmp_path, data_dir, smt_run, first, seco
 
 
 @STAGES
-@pytest.mark.parametrize("where, log_interval, eval_interval", [
-    ("gradient", 1, 2), ("weight", 1000, 2), ("weight", 5, 1000)])
+@pytest.mark.parametrize("where, eval_interval", [("gradient", 2), ("weight", 2), ("weight", 1000)])
 def test_a_loss_that_became_nan_ends_the_run_in_one_line_and_the_last_checkpoint_stays(
-        tmp_path, monkeypatch, data_dir, smt_run, stage, where, log_interval, eval_interval):
+        tmp_path, monkeypatch, data_dir, smt_run, stage, where, eval_interval):
     arguments = [*flags(stage, data_dir, smt_run, tmp_path), "--max_iters=50",
-                 f"--log_interval={log_interval}", f"--eval_interval={eval_interval}"]
+                 f"--eval_interval={eval_interval}"]
     steps, step = [], TRAIN[stage].optimizer_step
 
     def poisoned(optimizers, lr):
