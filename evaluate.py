@@ -10,14 +10,15 @@ numbers:
     val_rnn_loss, _accuracy      updater and readout alone, rolled out from m_empty: the result; nats
     val_teacher_loss, _accuracy  the encoder, then the decoder's first target
     val_held_<n>                 the decoder, from the encoder's memory n tokens before and the tokens since
-    val_held_full                the same targets from the whole past, by the causal encoder's trunk: what is
-                                 lower here than in val_held_<n> the memory lacks
+    val_held_full                the same targets by the causal encoder's trunk, from the text itself:
+                                 val_held_<n> minus val_held_full is what the memory has lost
     val_drift                    squared error of the rolled-out memory against the encoder's, over the
                                  variance of the encoder's between documents; 1: as bad as the mean memory
     val_gap_to_floor             fables: val_rnn_loss minus the entropy of the grammar
 
-python -m experiments.report adds figures, n-gram models and, for fables, the facts that generated stories
-keep.
+rnn is measured at all targets of a document, teacher and drift at up to 64 of them, held at up to 16 late
+ones: compare each with its like alone. python -m experiments.report adds figures, n-gram models and, for
+fables, the facts that generated stories keep.
 """
 import math
 import os
@@ -79,7 +80,8 @@ def loss_and_accuracy(name, logits, y):
 
 
 def read_from(networks, memory, x, t, n):
-    """The decoder's logits (P, V) of y_t, t (P,), from m_{t-n} (P, K, d) and x_{t-n+1..t} of x (P, L)."""
+    """The decoder's logits (P, V) of y_t, from m_{t-n} (P, K, d) and x_{t-n+1..t}; of each row of x (P, L) at
+    its own t (P,)."""
     since = t[:, None] + torch.arange(1 - n, 1, device=t.device)
     return networks["decoder"](memory, x.gather(1, since))[:, -1].float()
 
@@ -122,16 +124,18 @@ def measure(networks, initial_memory, x, y, t, rows=16):
     if "encoder" not in networks or not len(t):
         return measured
 
-    labels = torch.cat([networks["encoder"](part, t) for part in x.split(rows)])        # (N, S, K, d)
-    logits = networks["decoder"](labels.flatten(0, 1), x.new_empty(len(x) * len(t), 0))[:, 0].float()
-    real = x[:, t] != networks["encoder"].pad                                      # a document may have ended
+    encoder, decoder = networks["encoder"], networks["decoder"]
+    labels = [encoder(part, t) for part in x.split(rows)]
+    logits = torch.cat([decoder(m.flatten(0, 1), x.new_empty(len(m) * len(t), 0)) for m in labels]).float()
+    labels = torch.cat(labels)                                                                  # (N, S, K, d)
+    real = x[:, t] != encoder.pad                                                  # a document may have ended
     mean = (labels * real[..., None, None]).sum(0) / real.sum(0).clamp(min=1)[:, None, None]
     error, variance = ((m - labels).square().mean((-2, -1)) * real for m in (torch.cat(memories), mean))
     measured |= loss_and_accuracy("teacher", logits.view(*real.shape, -1), y[:, t])
     if variance.sum() > SAME * real.sum():
         measured |= {"drift": (error, variance)}
 
-    distances = [n for n in DISTANCES if n < networks["decoder"].future_len and n <= int(t.max()) + 1]
+    distances = [n for n in DISTANCES if n < decoder.future_len and n <= int(t.max()) + 1]
     late = spread(t[t >= distances[-1] - 1], HELD_TARGETS)
     parts = [measure_held(networks, *part, late, distances) for part in zip(x.split(rows), y.split(rows))]
     return measured | {name: tuple(map(torch.cat, zip(*(part[name] for part in parts)))) for name in parts[0]}

@@ -9,7 +9,8 @@ Glossary: code, the paper's symbol, meaning
     Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
     Updater         f_theta       the RNN's transition: m_t = f(m_{t-1}, x_t)
     Readout         g_theta       the RNN's output: predicts y_t from m_t
-    context_len     T_c           tokens of past that the encoder reads (causal: each layer)
+    context_len     T_c           tokens that the window encoder reads; of the causal one, how far a
+                                  layer of the trunk looks back
     future_len      T_f           targets that the decoder predicts
     registers                     K learned tokens of the paper's encoder: they read the past and become m_t
     V, PAD, IGNORE                tokens are 0..V-1; PAD = V in x: no token; IGNORE = -1 in y: no target
@@ -38,7 +39,7 @@ class RNNConfig:
     n_heads: int = 4                # attention heads
     memory_tokens: int = 4          # memory tokens K
     updater_layers: int = 2         # layers of the updater (transformer and mlp)
-    decoder_layers: int = 1         # layers of the readout and of the decoder, which are the same
+    decoder_layers: int = 1         # layers of the decoder, and of the readout
 
     def __post_init__(self):
         check_fields(self, "d_model n_heads memory_tokens updater_layers decoder_layers")
@@ -49,10 +50,10 @@ class RNNConfig:
 @dataclass(frozen=True)
 class ModelConfig(RNNConfig):
     """Sizes of the RNN and of its teachers, encoder and decoder."""
-    encoder: Literal["window", "causal"] = "window"     # the paper's; ours: all in one pass
+    encoder: Literal["window", "causal"] = "window"     # window: the paper's; causal: ours, one pass
     encoder_layers: int = 2         # layers of the encoder
     conv_width: int = 1             # tokens that the convolution below encoder and decoder spans; 1: none
-    context_len: int = 256          # tokens of past that the encoder reads (Tc); causal: each layer
+    context_len: int = 256          # tokens that the encoder reads (Tc); causal: how far a layer looks back
     future_len: int = 16            # targets that the decoder predicts (Tf)
 
     def __post_init__(self):
@@ -70,8 +71,8 @@ class ModelConfig(RNNConfig):
 def rope(positions, head_dim):
     """Rotary position embedding (Su et al. 2021) of positions (n,): cos, signed sin (2, n, 1, 1, head_dim).
 
-    Component i of a head turns with component i + head_dim / 2. The slower half of these pairs does not turn:
-    what they hold is found from any distance.
+    Component i of a head turns with component i + head_dim / 2. The slower half of these pairs does not turn,
+    so that attention matches what they hold at any distance.
     """
     pair = torch.arange(head_dim // 2, device=positions.device)
     frequencies = torch.where(2 * pair < head_dim // 2, 10000.0 ** -(2 * pair / head_dim), 0.0)
@@ -231,10 +232,10 @@ class Decoder(nn.Module):
 class Updater(nn.Module):
     """f_theta, the RNN's transition: memory (B, K, d), x (B,) -> memory (B, K, d).
 
-    transformer: bidirectional over [memory, token]; of the change it proposes a share is made, learned for
-    each channel (LayerScale, Touvron et al. 2021). mlp: a residual MLP of 4 d hidden units on both,
-    flattened; a gate says how much of each memory token is replaced. Both begin as the identity and change
-    little at first: most of a memory stays in a step. gru: a GRU cell whose state is the flattened memory.
+    transformer: bidirectional over [memory, token]; a learned scale for each channel multiplies the change
+    that it proposes (LayerScale, Touvron et al. 2021). mlp: a residual MLP of 4 d hidden units on memory and
+    token, flattened; a gate for each memory token multiplies the change. Both begin as the identity, because
+    most of a memory stays in a step. gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):
@@ -244,7 +245,7 @@ class Updater(nn.Module):
         self.embed = nn.Embedding(vocab_size + 1, d)
         if self.kind == "transformer":
             self.transformer = Transformer(config, config.updater_layers, config.memory_tokens + 1, gain=0.0)
-            self.share = nn.Parameter(torch.full((d,), 0.1))    # a gate would close before f learned
+            self.scale = nn.Parameter(torch.full((d,), 0.1))    # a gate would close before f has learned
         elif self.kind == "mlp":
             self.layers = nn.ModuleList(
                 nn.Sequential(nn.RMSNorm(size + d), nn.Linear(size + d, 4 * d), nn.GELU(),
@@ -262,20 +263,20 @@ class Updater(nn.Module):
         if self.kind == "gru":
             with torch.autocast(memory.device.type, enabled=False):     # no bf16: rounding adds up
                 state = memory.flatten(1)
-                (a, b, c), (u, v, w) = self.input(token).chunk(3, 1), self.hidden(state).chunk(3, 1)
-                reset, hold = (a + u).sigmoid(), (b + v).sigmoid()
-                state = hold * state + (1 - hold) * (c + reset * w).tanh()
+                (xr, xz, xn), (hr, hz, hn) = self.input(token).chunk(3, 1), self.hidden(state).chunk(3, 1)
+                reset, hold = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+                state = hold * state + (1 - hold) * (xn + reset * hn).tanh()
                 return normalise(state.view_as(memory))
         if self.kind == "transformer":
             h = torch.cat([memory, token[:, None]], dim=1)
-            h, share = self.transformer(h, attend_to_all, slice(memory.shape[1])), self.share
+            h, scale = self.transformer(h, attend_to_all, slice(memory.shape[1])), self.scale
         else:
             h = memory.flatten(1)
             for layer in self.layers:
                 h = h + layer(torch.cat([h, token], dim=1))
             h = h.view_as(memory)
-            share = self.gate(h).sigmoid()
-        return normalise(memory + share * (h - memory))
+            scale = self.gate(h).sigmoid()
+        return normalise(memory + scale * (h - memory))
 
 
 class Readout(nn.Module):
@@ -358,24 +359,24 @@ def readout_loss(networks, memories, y):
     return loss
 
 
-CHUNKS = 3             # of a batch of futures, on a CPU
-CHUNK_ROWS = 32_768    # elsewhere: CUDA's attention kernels refuse a batch of 65,536
+CHUNKS = 3             # on a CPU: chunks of a batch of futures
+CHUNK_ROWS = 32_768    # elsewhere: rows of a chunk, because CUDA's attention kernels refuse 65,536
 
 
 def chunks_by_length(y):
-    """Split targets y (n, m) into chunks [(rows, length)]: sort the rows by length, trim each chunk.
+    """Split targets y (n, m) into chunks [(rows, length)].
 
-    The length of a row ends with its last target. Rows without a target are left out, but for one if all are,
-    so that no gradient is missing. Except on a CPU, and under torch.compile, a new shape costs more than is
-    saved: the rows stay as they are.
+    On a CPU the rows are sorted by length, which ends with the last target, and each chunk is trimmed to its
+    longest row. Rows without a target are left out; if none has one, a single row stays, so that every weight
+    has a gradient. On other devices and under torch.compile a new shape would cost more than it saves: rows
+    stay whole.
     """
     n, m = y.shape
     if y.device.type != "cpu" or torch.compiler.is_compiling():
         return [(slice(i, i + CHUNK_ROWS), m) for i in range(0, n, CHUNK_ROWS)]
     lengths = ((y != IGNORE) * torch.arange(1, m + 1)).amax(1)
     order = lengths.argsort()[min(int((lengths == 0).sum()), n - 1):]
-    lengths = lengths.clamp(min=min(m, 2))      # with one token to read, the embedding has a gradient
-    return [(rows, int(lengths[rows[-1]])) for rows in order.chunk(CHUNKS if m > 1 else 1)]
+    return [(rows, max(1, int(lengths[rows[-1]]))) for rows in order.chunk(CHUNKS if m > 1 else 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -392,8 +393,12 @@ class CausalEncoder(nn.Module):
         m_k(t)  = normalise(s_k(t)),   s_k(t) = sum_{j <= t} g_{k,j} prod_{j < i <= t} (1 - g_{k,i}) e_j
         m_K(t)  = normalise(e_t + W normalise(h_t))
 
-    An open gate writes, a closed one holds: s_k(t) = (1 - g_{k,t}) s_k(t-1) + g_{k,t} e_t. So f can follow a
-    slot: it interpolates between the slot and the token, and has to find the gate in m_{t-1} and x_t.
+    with e_{-1}, h_{-1} of PAD. An open gate writes, a closed one holds:
+
+        s_k(t) = (1 - g_{k,t}) s_k(t-1) + g_{k,t} e_t
+
+    So f can follow a slot: it moves the slot towards the token. How far, and what the convolution adds to the
+    token, f has to find in m_{t-1} and x_t.
     """
 
     def __init__(self, config, vocab_size):
@@ -406,7 +411,7 @@ class CausalEncoder(nn.Module):
         self.gate.bias.data = -torch.linspace(2, 5, slots)      # at first the averages span 8 to 150 tokens
 
     def trunk(self, x):
-        """x (B, T) -> embeddings e, states h (B, T+1, d): at index 0 of PAD, at index j + 1 after x_{<=j}."""
+        """x (B, T) -> embeddings e and states h, (B, T+1, d) each: index 0 is PAD, index j + 1 is x_j."""
         e = self.embed(F.pad(x, (1, 0), value=self.pad))
         return e, self.transformer(e, lambda q, k, v: attend_to_last(q, k, v, self.context_len + 1))
 

@@ -45,7 +45,7 @@ class RunConfig:
     dataset: str = "fables"     # data set (data.py --help lists them); prepared first if it is missing
     data_dir: str = "data"      # folder that holds the prepared data sets
     out_dir: str = ""           # folder of the run; empty: runs/<dataset>-<stage>
-    preset: str = ""       # sizes: tiny, small or paper; empty: tiny, but on CUDA paper for text and pictures
+    preset: str = ""       # sizes: tiny, small or paper; empty: tiny, on CUDA paper for data not generated
     seed: int = 1337            # seeds the initial weights, the batches and the positions
     device: str = "auto"        # cpu, cuda, cuda:1, mps; auto: CUDA where there is one, else the CPU
     compile: bool | None = None  # torch.compile the training step; unset: on CUDA, from preset small upwards

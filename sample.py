@@ -43,7 +43,7 @@ class Config:
     keep: float = 0.5           # share of the prompt's picture that is given, from its top
     num_samples: int = 0        # how many; 0: 1 text, 16 pictures, 10 questions
     max_new_tokens: int = 1000  # tokens to generate at most; a story also ends where the model ends it
-    temperature: float = 0.8    # 1: the model's own distribution; 0: always the likeliest token
+    temperature: float = 0.8    # 1: the model's own distribution; 0, and for answers: the likeliest token
     top_k: int = 0              # draw from the k likeliest tokens only; 0: from all
     seed: int = 0               # sample i is drawn with seed + i
     device: str = "cpu"         # cpu, cuda, mps or auto
@@ -194,14 +194,12 @@ def answer(networks, initial_memory, meta, config):
     """Ask held-out questions: a line for the document, one for the answers, one for the truth."""
     n, length = config.num_samples or 10, meta["longest_document"]
     x, y = datasets.held_out(load_data(meta, config), n, length, config.seed)
-    memory, answers = initial_memory.expand(n, -1, -1), []
-    numbers = uniform(seeded(config.seed, n), initial_memory.device)
+    memory, answers, valid = initial_memory.expand(n, -1, -1), [], y != IGNORE
     with torch.inference_mode():
         for token in x.to(initial_memory.device).unbind(1):
             memory = read(networks, memory, token[:, None])
-            logits = networks["readout"](memory)
-            answers.append(choose(logits, config.temperature, config.top_k, next(numbers)).cpu())
-    answers, valid = torch.stack(answers, dim=1), y != IGNORE
+            answers.append(networks["readout"](memory).argmax(-1).cpu())
+    answers = torch.stack(answers, dim=1)
     for i in range(len(x)):
         print("question ", datasets.decode(x[i], meta))
         print("answer   ", datasets.decode(answers[i][valid[i]], meta))

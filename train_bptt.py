@@ -26,7 +26,7 @@ from sources.prepare import GENERATED, ensure
 @dataclass(frozen=True)
 class Config(RNNConfig, RunConfig):
     """Flags of train_bptt.py, on top of the shared ones."""
-    seq_len: int = 256              # tokens T of a training row of text; other documents are rows as they are
+    seq_len: int = 256              # tokens T of a training row of text; in other data a row is a document
     truncate: int = 0               # tokens after which the gradient through time is cut; 0: never
     p_start: float = 0.5            # text: share of rows from a document's start; the others begin anywhere
 

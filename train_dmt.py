@@ -12,7 +12,6 @@ and decoder are frozen, the readout begins as the decoder. Each iteration
     3. trains f on (m_hat_{t-1}, x_t) -> m_t, and g on m_hat_t -> y_t, all pairs at once (parallel)
 """
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import torch
 
@@ -31,10 +30,10 @@ from sources.prepare import GENERATED, ensure
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Flags of train_dmt.py, on top of the shared ones."""
-    horizon: int = 0                # tokens of a roll-out; 0: the whole row. A row holds as many as fit
+    horizon: int = 0                # tokens of a roll-out, as many as fit in a row; 0: the whole row
     label_stride: int = 1           # steps from one label of the encoder to the next
     seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
-    p_start: float = 0.5            # share of rows from a document's start (text), of roll-outs from a row's
+    p_start: float = 0.5            # share of rows that begin with a document (text), of roll-outs with a row
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):
@@ -79,7 +78,7 @@ def roll_out_and_label(networks, x, begins, h, labelled):
     each of these steps, m_hat_{t-1} (B n, R, K, d), and its label m_t (B n, R, K, d).
     """
     t = (begins[:, None] + labelled).flatten()
-    memories = networks["encoder"](x, torch.cat([begins - 1, t]))     # one call reads the row once
+    memories = networks["encoder"](x, torch.cat([begins - 1, t]))     # the causal encoder reads the row once
     start, labels = memories.split([len(begins), len(t)], dim=1)
     start = start.flatten(0, 1)
     after = roll_out_without_gradients(networks["updater"], start, cut(x, begins, h))
@@ -88,18 +87,12 @@ def roll_out_and_label(networks, x, begins, h, labelled):
 
 
 def cut(x, begins, h):
-    """The pieces of h tokens of rows (B, T) that begin at n places -> (B n, h)."""
+    """x[:, begin:begin + h] for each of n `begins`, side by side. (B, T) -> (B n, h)"""
     return x[:, begins[:, None] + torch.arange(h, device=x.device)].flatten(0, 1)
 
 
-class Counts(NamedTuple):
-    """The denominators of the means: what the global batch holds."""
-    transitions: torch.Tensor       # tokens that f reads
-    targets: torch.Tensor           # targets that the readout predicts
-
-
 def count_terms(x, y, pad):
-    """The Counts of labelled steps x, y (N, R), stacked: (2,)."""
+    """Of labelled steps x, y (N, R): how many transitions, how many targets. (2,)"""
     return torch.stack([(x != pad).sum(), (y != IGNORE).sum()])
 
 
@@ -114,10 +107,10 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
     x, y (N, R). Each term is a sum over these roll-outs divided by the counts (2,) of the global batch, to be
     summed over micro-batches. Returns L_dmt, and the terms to log.
     """
-    counts = Counts(*counts.clamp(min=1))
+    transitions, targets = counts.clamp(min=1)
     predicted = networks["updater"](before.flatten(0, 1), x.flatten()).view_as(labels)      # m_hat_t
-    L_dyn = squared_error(predicted, labels, x != networks["updater"].pad) / counts.transitions
-    L_read = readout_loss(networks, predicted.detach(), y) / counts.targets
+    L_dyn = squared_error(predicted, labels, x != networks["updater"].pad) / transitions
+    L_read = readout_loss(networks, predicted.detach(), y) / targets
     loss = config.lambda_dyn * L_dyn + L_read
     return loss, {"train_loss": loss, "loss_dyn": L_dyn, "loss_read": L_read}
 

@@ -31,10 +31,10 @@ UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, about
 @dataclass(frozen=True)
 class Config(ModelConfig, RunConfig):
     """Flags of train_smt.py, on top of the shared ones."""
-    seq_len: int = 256              # tokens T of a training row of text; other documents are rows as they are
+    seq_len: int = 256              # tokens T of a training row of text; in other data a row is a document
     positions: int = 1              # positions S drawn in a step, the same in each row
     p_start: float = 0.5            # text: share of rows from a document's start; the others begin anywhere
-    trunk_iters: int = 0            # first steps, which train only L_trunk (causal); none with --init_from
+    trunk_iters: int = 0            # causal: first steps, which train L_trunk alone; none with --init_from
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
 
@@ -136,7 +136,7 @@ def uniformity(memories):
 def trunk_loss(networks, trunk, y, counts):
     """L_trunk = CE(D.predict(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
 
-    Recall is learned faster from a text than from a memory. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
+    Recall comes sooner from a text than through a memory. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
     """
     return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / counts.targets
 

@@ -51,7 +51,7 @@ def run_main(main):
     except torch.OutOfMemoryError as error:
         status, message = 1, f"error: {str(error).splitlines()[0]} Smaller sizes or batches need less."
     except OSError as error:
-        status, message = 1, f"error: {error.filename or 'standard output'}: {error.strerror or error}"
+        status, message = 1, f"error: {error.filename or 'a file or stdout'}: {error.strerror or error}"
     with suppress(OSError, ValueError, AttributeError):
         if message:
             print(message, file=sys.stderr, flush=True)

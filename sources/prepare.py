@@ -64,12 +64,13 @@ def prepare(name, data_dir, source=None, seed=0, train_tokens=TRAIN_TOKENS, val_
 
 @contextmanager
 def locked(folder, old):
-    """Inside, no other process prepares this data set. What a killed one had moved to `old` is put back."""
+    """Inside, no other process prepares this data set. What a killed one had moved to `old` is put back, or
+    deleted where its successor is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+        if old.exists():
+            shutil.rmtree(old) if folder.exists() else old.rename(folder)
         yield
 
 

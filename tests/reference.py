@@ -108,7 +108,7 @@ def reference_updater(updater, memory, x):
     if updater.kind == "transformer":
         h = torch.cat([memory, token[None]])
         h = reference_transformer(updater.transformer, h, range(K + 1), [range(K + 1)] * (K + 1))[:K]
-        shares = [updater.share] * K
+        shares = [updater.scale] * K
     else:
         for norm, up, _, down in updater.layers:
             hidden = gelu(up.weight @ rms_norm(torch.cat([state, token]), norm.weight) + up.bias)

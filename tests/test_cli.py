@@ -234,7 +234,7 @@ def test_a_terminal_that_is_gone_or_full_does_not_stop_a_run(tmp_path, data_dir,
 def test_what_cannot_be_printed_is_an_error_in_one_line(smt_run, data_dir, script, how):
     run = f"--ckpt={smt_run('fables')}"
     status, errors = without_stdout(how, script, run, f"--data_dir={data_dir}")
-    assert status == 1 and errors.splitlines()[-1].startswith("error: standard output: ")
+    assert status == 1 and errors.splitlines()[-1].startswith("error: a file or stdout: ")
     assert len(errors.splitlines()) == 1 + (script == "sample.py")      # which names its checkpoint
 
 

@@ -393,6 +393,11 @@ def test_the_gpu_script_runs_its_parts_at_toy_sizes(tmp_path, data_dir):
         assert (tmp_path / name).stat().st_size > 0
 
 
+def test_a_part_of_the_gpu_script_that_was_named_and_could_not_run_makes_the_status_1(tmp_path):
+    result = script(tmp_path, "--device=cpu", f"--data_dir={tmp_path}", "--parts=mnist")
+    assert result.returncode == 1 and "not prepared" in result.stdout
+
+
 def test_a_part_of_the_gpu_script_that_fails_stops_no_other_and_makes_the_status_1(tmp_path):
     result = script(tmp_path, "--device=cuda:99", "--parts=versions,graphs")
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -457,11 +457,11 @@ def test_a_transformer_that_changes_nothing_can_still_learn_to():
     """As it could not behind a gate that is closed."""
     updater = randomise(Updater(config(updater="transformer"), V))
     memory = rms_norm(memories(2))
-    updater.share.data.zero_()
+    updater.scale.data.zero_()
     after = updater(memory, tokens(2))
     torch.testing.assert_close(after, memory, rtol=0, atol=1e-9)
     (after * torch.randn_like(after)).sum().backward()
-    assert (updater.share.grad != 0).all()
+    assert (updater.scale.grad != 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_decoding_no_more_than_the_targets_changes_neither_loss_nor_gradients(fu
     assert 0 < len(lengths) < 16 and sum(rows for rows, _ in calls) == len(lengths)
     ends = [sum(rows for rows, _ in calls[:i + 1]) for i in range(len(calls))]
     assert len(calls) == (1 if future_len == 1 else model.CHUNKS)
-    assert [length for _, length in calls] == [min(future_len, max(2, lengths[end - 1])) for end in ends]
+    assert [length for _, length in calls] == [lengths[end - 1] for end in ends]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     calls.clear()
     for mine, whole in zip(ours, gradients()):

@@ -374,6 +374,15 @@ def test_what_a_killed_process_had_moved_away_is_put_back(tmp_path):
     assert not (tmp_path / ".copy.old").exists()
 
 
+def test_a_killed_process_that_was_deleting_the_old_data_set_does_not_block_the_next_one(tmp_path):
+    for tokens in (500, 900):
+        prepare("copy", tmp_path, train_tokens=tokens, val_tokens=100)
+        (tmp_path / ".copy.old").mkdir(exist_ok=True)
+        (tmp_path / ".copy.old" / "train.bin").write_bytes(b"half")
+    prepare("copy", tmp_path, train_tokens=500, val_tokens=100)
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", ".copy.lock"}
+
+
 def test_ensure_prepares_a_data_set_once(tmp_path, monkeypatch):
     write, made = preparing.write_generated, []
     monkeypatch.setattr(preparing, "write_generated", lambda *some: made.append(some) or write(*some))
