@@ -64,7 +64,7 @@ def measure_all(trained, data, x, y, seed):
             "position": position(trained, measured, targets, t), "drift": drift(trained, measured, t),
             "length": length(trained, data), "gradients": gradients(trained, x, y, seed),
             "memory": memory(trained, x, y, data.meta), "cost": cost(trained, data.vocab_size, seed),
-            "compute": compute(trained, data)}
+            "compute": compute(trained)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -364,13 +364,13 @@ def cost(trained, vocab_size, seed):
     return {"ms": ms, "bytes": state_bytes}
 
 
-def compute(trained, data):
+def compute(trained):
     """Held-out loss against what was spent; a run begins where the run ended that it started from."""
     found = {}
     for run in trained:
         try:
             *sources, _ = lineage(run.folder)
-            flops = {step: sequential for step, _, sequential in spent(run.folder, data)}
+            flops = spent(run.folder)
         except DataError:                               # a run whose sources are gone cannot be placed
             continue
         log = [one for one in runtime.read_log(run.folder / "metrics.jsonl")

@@ -32,6 +32,7 @@ import train_dmt
 import train_smt
 from experiments import tables, train_baseline
 from experiments.bench import device_name
+from experiments.flops import spent
 from experiments.plans import DATA, EXPERIMENTS, slug
 from lib.checkpoints import load, write_atomically
 from lib.cli import DataError, UsageError, check_fields, parse, run_main
@@ -273,8 +274,8 @@ def records_of(run, root, scale, done, experiment):
         checkpoint = load(root / run.name)
         measured = {"changes": experiment.measure(run, checkpoint, settings["data_dir"], root.name)}
         if "sequential_flops" in experiment.metrics:
-            from experiments.flops import spent
-            measured["sequential_flops"] = {str(step): chain for step, _, chain in spent(root / run.name)}
+            flops = spent(root / run.name)
+            measured["sequential_flops"] = {str(step): amount for step, amount in flops.items()}
         write_atomically(kept, lambda path: path.write_text(json.dumps(measured)))
     curve = evaluations(run, root)
     for line in curve if "sequential_flops" in measured else ():

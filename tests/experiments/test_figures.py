@@ -305,16 +305,16 @@ def test_a_run_goes_on_where_the_run_it_started_from_ended(tmp_path, monkeypatch
     lines = [*numbers, {"step": 1, "train_loss": 3}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 9')
     source = (Path("a-smt"), {"spent": {"tokens": 500, "seconds": 2.0}}), (tmp_path, run.checkpoint)
-    monkeypatch.setattr(figures, "spent", lambda *_: [(0, 0, 70), (1, 0, 80), (3, 0, 100), (6, 0, 130)])
+    monkeypatch.setattr(figures, "spent", lambda folder: {0: 70, 1: 80, 3: 100, 6: 130})
     monkeypatch.setattr(figures, "lineage", lambda folder: list(source))
-    series = figures.compute([run], None)
+    series = figures.compute([run])
     assert {key: (lines[0]["x"], lines[0]["y"]) for key, lines in series.items()} == {      # step 6: after it
         "tokens": ([500, 530], [1, 4]), "sequential_flops": ([70, 100], [1, 4]),
         "seconds": ([2, 2.375], [1, 4])}
     monkeypatch.setattr(figures, "lineage", lambda folder: [source[1]])
-    assert figures.compute([run], None)["tokens"][0]["x"] == [30]       # a log axis has no 0
+    assert figures.compute([run])["tokens"][0]["x"] == [30]       # a log axis has no 0
     monkeypatch.undo()
-    assert "skipped" in figures.compute([run], None)                    # there is no checkpoint
+    assert "skipped" in figures.compute([run])                    # there is no checkpoint
 
 
 def test_held_reads_the_same_targets_at_growing_distances():
