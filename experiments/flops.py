@@ -7,7 +7,7 @@ product are left out. The backward pass takes twice the forward pass.
 from pathlib import Path
 
 import runtime
-from lib.checkpoints import load
+from lib.checkpoints import load, source_of
 
 
 def chain(weights, *prefixes):
@@ -38,13 +38,6 @@ def step_chain(checkpoint, trunk=False):
 
 # ------------------------------------------------------------------------------------------------------------
 # A run, and the runs that it started from
-
-def source_of(checkpoint):
-    """The path of the checkpoint that a run started from; None if it started from fresh weights."""
-    config = checkpoint["config"]
-    source = config["init_from"] or f"runs/{config['dataset']}-smt" * (checkpoint["stage"] == "dmt")
-    return Path(source) if source else None
-
 
 def lineage(folder):
     """The runs that a run's weights come from, the oldest first, itself last: [(folder, checkpoint)]."""

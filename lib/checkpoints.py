@@ -125,9 +125,15 @@ def load_weights(networks, checkpoint, config, path):
     networks.load_state_dict({name: weights[name] for name in here}, strict=False)
 
 
-def newer_source(checkpoint):
-    """The checkpoint that a run began with, if it has been replaced since; else None."""
+def source_of(checkpoint):
+    """The checkpoint (file or folder of a run) that a run started from; None if from fresh weights."""
     config = checkpoint["config"]
-    source = config.get("init_from") or f"runs/{config.get('dataset')}-smt" * (checkpoint["stage"] == "dmt")
-    path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
-    return path if source and path.is_file() and path.stat().st_mtime > checkpoint["time"] else None
+    source = config["init_from"] or f"runs/{config['dataset']}-smt" * (checkpoint["stage"] == "dmt")
+    return Path(source) if source else None
+
+
+def newer_source(checkpoint):
+    """The checkpoint file that a run started from, if it has been replaced since; else None."""
+    source = source_of(checkpoint)
+    path = source / "ckpt.pt" if source and source.is_dir() else source
+    return path if path and path.is_file() and path.stat().st_mtime > checkpoint["time"] else None
