@@ -14,6 +14,7 @@ A line is a dict: the names of its runs, what of them (part), and its points x, 
 sense for the checkpoints at hand is {"skipped": why}. `trained`: report.Trained of one data set, a list.
 """
 import math
+import sys
 import time
 from statistics import median
 
@@ -365,23 +366,29 @@ def cost(trained, vocab_size, seed):
 
 
 def compute(trained):
-    """Held-out loss against what was spent; a run begins where the run ended that it started from."""
+    """Held-out loss against what was spent; a run begins where the run ended that it started from.
+
+    Why a run is left out is printed to stderr.
+    """
     found = {}
     for run in trained:
-        try:
-            *sources, _ = lineage(run.folder)
-            flops = spent(run.folder)
-        except DataError:                               # a run whose sources are gone cannot be placed
-            continue
         log = [one for one in runtime.read_log(run.folder / "metrics.jsonl")
                if "val_rnn_loss" in one and one["step"] <= run.checkpoint["step"]]
+        try:
+            if not log:
+                raise DataError(f"there is no evaluation in {run.folder / 'metrics.jsonl'}")
+            *sources, _ = lineage(run.folder)
+            flops = spent(run.folder)
+        except DataError as error:
+            print(f"compute.png: without {run.name}, {error}", file=sys.stderr)
+            continue
         for key in ("tokens", "sequential_flops", "seconds"):
             before = sum(checkpoint["spent"].get(key, 0) for _, checkpoint in sources)
             points = [(before + one[key] if key in one else flops[one["step"]], one["val_rnn_loss"])
                       for one in log if sources or one["step"]]         # a log axis has no 0
             if points:
                 found.setdefault(key, []).append(line([run.name], own_part(run), *zip(*points)))
-    return found or {"skipped": "there is no metrics.jsonl beside the checkpoints"}
+    return found or {"skipped": "of no checkpoint it is known what was spent on it"}
 
 
 # ------------------------------------------------------------------------------------------------------------

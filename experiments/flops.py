@@ -7,7 +7,8 @@ product are left out. The backward pass takes twice the forward pass.
 from pathlib import Path
 
 import runtime
-from lib.checkpoints import load, source_of
+from lib.checkpoints import load, newer_source, source_of
+from lib.cli import DataError
 
 
 def chain(weights, *prefixes):
@@ -40,9 +41,14 @@ def step_chain(checkpoint, trunk=False):
 # A run, and the runs that it started from
 
 def lineage(folder):
-    """The runs that a run's weights come from, the oldest first, itself last: [(folder, checkpoint)]."""
+    """The runs that a run's weights come from, the oldest first, itself last: [(folder, checkpoint)].
+
+    DataError if one of them is gone, or has been trained anew since.
+    """
     checkpoint = load(folder)
     source = source_of(checkpoint)
+    if newer := newer_source(checkpoint):
+        raise DataError(f"{folder} began with {newer}, which has been trained anew since")
     if source is None:
         return [(Path(folder), checkpoint)]
     return [*lineage(source if source.is_dir() else source.parent), (Path(folder), checkpoint)]

@@ -298,7 +298,7 @@ def test_state_is_one_memory_for_the_rnn_and_keys_and_values_for_the_transformer
     assert "skipped" in figures.cost([baseline()], V, 0)
 
 
-def test_a_run_goes_on_where_the_run_it_started_from_ended(tmp_path, monkeypatch):
+def test_a_run_goes_on_where_the_run_it_started_from_ended(tmp_path, monkeypatch, capsys):
     run = rnn("a-dmt")
     run.folder = tmp_path
     numbers = [dict(step=n, tokens=10 * n, seconds=n / 8, val_rnn_loss=1 + n) for n in (0, 3, 6)]
@@ -314,7 +314,11 @@ def test_a_run_goes_on_where_the_run_it_started_from_ended(tmp_path, monkeypatch
     monkeypatch.setattr(figures, "lineage", lambda folder: [source[1]])
     assert figures.compute([run])["tokens"][0]["x"] == [30]       # a log axis has no 0
     monkeypatch.undo()
-    assert "skipped" in figures.compute([run])                    # there is no checkpoint
+    for missing in ("checkpoint ", "evaluation in "):
+        assert "skipped" in figures.compute([run])
+        (reason,) = capsys.readouterr().err.splitlines()
+        assert reason.startswith(f"compute.png: without a-dmt, there is no {missing}{tmp_path}")
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def test_held_reads_the_same_targets_at_growing_distances():

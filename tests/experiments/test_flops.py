@@ -1,4 +1,6 @@
 """Sequential FLOPs of a step against counts by hand, on sizes small enough to count."""
+import shutil
+
 import pytest
 import torch
 from conftest import PAIRS, QUICK, SIZES, trained
@@ -10,6 +12,7 @@ import train_smt
 from experiments import flops, train_baseline
 from experiments.flops import chain, lineage, spent, step_chain
 from lib.checkpoints import load
+from lib.cli import DataError
 from model import ModelConfig, build
 
 V, T, d, K = 7, 6, 8, 2
@@ -83,6 +86,23 @@ def test_only_the_state_of_the_lstm_is_sequential():
     config = train_baseline.Config(seq_len=T, model="lstm", d_model=d, hidden=H)
     networks = train_baseline.build(config, V)
     assert step_chain(checkpoint("lstm", config, networks)) == 3 * (inputs + T * state + head)
+
+
+def test_a_source_that_was_trained_anew_since_ends_the_lineage(runs, tmp_path):
+    for name in "ab":
+        shutil.copytree(runs / name, tmp_path / name)
+    later = torch.load(tmp_path / "b" / "ckpt.pt", weights_only=True)
+    later["config"]["init_from"] = str(tmp_path / "a")
+    torch.save(later, tmp_path / "b" / "ckpt.pt")
+    assert [folder.name for folder, _ in lineage(tmp_path / "b")] == ["a", "b"]
+    first = load(tmp_path / "a")
+    first["config"]["init_from"] = str(tmp_path / "b")                  # a is now a run that started from b
+    torch.save(first, tmp_path / "a" / "ckpt.pt")
+    with pytest.raises(DataError, match="trained anew"):
+        lineage(tmp_path / "b")
+    (tmp_path / "a" / "ckpt.pt").unlink()
+    with pytest.raises(DataError, match="no checkpoint"):
+        lineage(tmp_path / "b")
 
 
 @pytest.fixture(scope="module")
