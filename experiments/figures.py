@@ -336,7 +336,8 @@ def cost(trained, vocab_size, seed):
     """Milliseconds of the RNN and bytes of state for a generated token, after POSITIONS random tokens.
 
     Milliseconds are the median of TIMED tokens. A Transformer's bytes, in float32, are the keys and values of
-    all tokens before; where no checkpoint is one, of the width and the layers of the first RNN.
+    the last context_len tokens, which are all that it attends to. Where no checkpoint is a Transformer, those
+    of all tokens before, for one with the width and the layers of the first RNN.
     """
     rnns, ms, state_bytes = [run for run in trained if run.baseline is None], [], []
     if not rnns:
@@ -354,12 +355,13 @@ def cost(trained, vocab_size, seed):
         ms.append(line([run.name], "RNN", POSITIONS, times))
         state_bytes.append(line([run.name], "RNN", POSITIONS, [state.nbytes] * len(POSITIONS)))
     config = rnns[0].config
-    sizes = [([run.name], own_part(run), run.config.layers, run.config.d_model) for run in trained
-             if own_part(run) == "Transformer"]
+    sizes = [([run.name], own_part(run), run.config.layers, run.config.d_model, run.config.context_len)
+             for run in trained if own_part(run) == "Transformer"]
     sizes = sizes or [([], "Transformer of as many layers", config.updater_layers + config.decoder_layers,
-                       config.d_model)]
-    for names, part, layers, d in sizes:
-        state_bytes.append(line(names, part, POSITIONS, [2 * 4 * layers * d * n for n in POSITIONS]))
+                       config.d_model, math.inf)]
+    for names, part, layers, d, most in sizes:
+        cached = [2 * 4 * layers * d * min(n, most) for n in POSITIONS]
+        state_bytes.append(line(names, part, POSITIONS, cached))
     for run in (run for run in trained if own_part(run) == "LSTM"):
         state_bytes.append(line([run.name], "LSTM", POSITIONS, [2 * 4 * run.config.hidden] * len(POSITIONS)))
     return {"ms": ms, "bytes": state_bytes}

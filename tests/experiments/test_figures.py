@@ -293,7 +293,7 @@ def test_state_is_one_memory_for_the_rnn_and_keys_and_values_for_the_transformer
     series = figures.cost([*rnns, baseline(), baseline("lstm")], V, 0)
     assert [line["runs"] for line in series["ms"]] == [["a"], ["bb"]]
     sizes = {line["part"]: line["y"] for line in series["bytes"]}
-    assert sizes == {"RNN": [memory] * 2, "Transformer": [2 * 2 * n * 8 * 4 for n in (3, 10)],
+    assert sizes == {"RNN": [memory] * 2, "Transformer": [2 * 2 * n * 8 * 4 for n in (3, 6)],  # its context
                      "LSTM": [2 * 6 * 4] * 2}
     assert "skipped" in figures.cost([baseline()], V, 0)
 
