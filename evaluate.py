@@ -54,6 +54,7 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------
 # Numbers. Each is measured as amounts and weights (N, S), of N documents at S positions: sum over sum.
 
+POSITIONS = 64              # of each document at which the encoder is asked, at most
 DISTANCES = 0, 16, 64       # tokens between a memory and the target that the decoder reads from it
 HELD_TARGETS = 16           # targets of each document that are read from all distances, at most
 SAME = 1e-6               # variance of memories below which documents do not differ, and drift has no meaning
@@ -62,6 +63,21 @@ SAME = 1e-6               # variance of memories below which documents do not di
 def spread(t, most):
     """At most `most` of the positions t (n,), evenly spread, the first and the last among them."""
     return t[torch.linspace(0, len(t) - 1, min(most, len(t)), device=t.device).long()]
+
+
+def targets_of(y, most=POSITIONS):
+    """At most `most` positions (S,), evenly spread over those of y (N, L) that have a target."""
+    return spread((y != IGNORE).any(0).nonzero().flatten(), most)
+
+
+def held_targets(t, distances, future_len):
+    """What held_<n> is measured at: a selection of the targets' positions t (S,), and the distances n.
+
+    n: those of `distances` (0 first) that are below future_len and fit into the documents. The positions: at
+    most HELD_TARGETS, evenly spread over those with at least n tokens x_0 .. x_t for the largest n.
+    """
+    distances = [n for n in distances if n < future_len and n <= int(t.max()) + 1]
+    return spread(t[t >= distances[-1] - 1], HELD_TARGETS), distances
 
 
 def loss_of(name, logits, y):
@@ -131,8 +147,7 @@ def measure(networks, initial_memory, x, y, t, rows=16):
     if variance.sum() > SAME * real.sum():
         measured |= {"drift": (error, variance)}
 
-    distances = [n for n in DISTANCES if n < networks["decoder"].future_len and n <= int(t.max()) + 1]
-    late = spread(t[t >= distances[-1] - 1], HELD_TARGETS)
+    late, distances = held_targets(t, DISTANCES, networks["decoder"].future_len)
     parts = [measure_held(networks, *part, late, distances) for part in zip(x.split(rows), y.split(rows))]
     return measured | {name: tuple(map(torch.cat, zip(*(part[name] for part in parts)))) for name in parts[0]}
 
@@ -159,20 +174,26 @@ def standard_error(amounts, weights):
     return math.sqrt(squares * len(a) / (len(a) - 1)) / max(float(w.sum()), 1e-12)
 
 
-def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, errors=False):
-    """The numbers at the top of this file, {val_<name>: number}, on held-out documents x, y (N, L).
+def numbers_of(measured, meta, errors=False):
+    """{val_<name>: number} of {name: (amounts, weights)}, and for fables val_gap_to_floor.
 
-    What needs an encoder is measured at up to most_positions positions, spread over those that have targets.
     errors: also the standard error of each number, as <name>_error.
     """
-    t = spread((y != IGNORE).any(0).nonzero().flatten(), most_positions)
-    measured = measure(networks, initial_memory, x, y, t, rows)
     numbers = {f"val_{name}": ratio(*pair) for name, pair in measured.items()}
     if errors:
         numbers |= {f"val_{name}_error": standard_error(*pair) for name, pair in measured.items()}
     if "statistics" in meta:
         numbers["val_gap_to_floor"] = numbers["val_rnn_loss"] - meta["statistics"]["entropy_per_character"]
     return numbers
+
+
+def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=POSITIONS, errors=False):
+    """The numbers at the top of this file, as numbers_of gives them, on held-out documents x, y (N, L).
+
+    What needs an encoder is measured at up to most_positions positions, spread over those that have targets.
+    """
+    t = targets_of(y, most_positions)
+    return numbers_of(measure(networks, initial_memory, x, y, t, rows), meta, errors)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import data as datasets
 import runtime
 import sample
-from evaluate import HELD_TARGETS, SAME, loss_of, measure_held, ratio, spread, standard_error
+from evaluate import SAME, held_targets, loss_of, measure_held, ratio, spread, standard_error, targets_of
 from experiments.flops import lineage, spent
 from lib.checkpoints import write_atomically
 from lib.cli import DataError, UsageError
@@ -34,7 +34,7 @@ from model import IGNORE, build, normalise, roll_out, roll_out_without_gradients
 from sources import tasks
 
 BUCKETS = 32                            # of position.png: groups of neighbouring positions, at most
-HELD_DOCS, HELD_POSITIONS = 32, 64      # of held.png: documents; positions that targets are chosen from
+HELD_DOCS, HELD_FUTURE = 32, 65         # of held.png: documents; future_len if all runs are baselines
 LENGTHS, LENGTH_DOCS = (1, 2, 4, 8), 64   # of length.png: multiples of the trained length; documents of each
 GRADIENT_DOCS, GRADIENT_STEPS = 16, 256     # of gradients.png: documents; steps back through time, at most
 MEMORY_DOCS, MEMORY_POINTS = 64, 1800   # of memory.png: documents; points in all its panels
@@ -60,7 +60,7 @@ def measure_all(trained, data, x, y, seed):
     end = int((real.sum(0) >= max(1, len(x) // 10)).sum())      # beyond are too few documents for a mean
     t = spread(torch.arange(end, device=x.device), 2 * BUCKETS)
     measured = [run.measure(x[:, :end], y[:, :end], t) for run in trained]
-    targets = (y[:, :end] != IGNORE).any(0).nonzero().flatten()
+    targets = targets_of(y[:, :end], end)
     return {"held": held(trained, x[:HELD_DOCS, :end], y[:HELD_DOCS, :end]),
             "position": position(trained, measured, targets, t), "drift": drift(trained, measured, t),
             "length": length(trained, data), "gradients": gradients(trained, x, y, seed),
@@ -70,12 +70,6 @@ def measure_all(trained, data, x, y, seed):
 
 # ------------------------------------------------------------------------------------------------------------
 # What they show
-
-def held_targets(y, furthest):
-    """Positions (S,) of targets of y (N, L) that have `furthest` tokens before them, as evaluate.measure."""
-    t = spread((y != IGNORE).any(0).nonzero().flatten(), HELD_POSITIONS)
-    return spread(t[t >= furthest - 1], HELD_TARGETS)
-
 
 @torch.no_grad()
 def measure_last(module, x, y, t, distances, rows=16):
@@ -96,12 +90,12 @@ def measure_last(module, x, y, t, distances, rows=16):
 def held(trained, x, y):
     """Loss against the distance n = 0, 1, 2, 4, .. of a memory from the target: by the encoder's memory, the
     RNN's, the whole past; of a baseline by the last n tokens. At the same targets of x, y (N, L)."""
-    t, lines = (y != IGNORE).any(0).nonzero().flatten(), []
-    futures = [run.config.future_len - 1 for run in trained if "encoder" in run.networks]
-    most = min(int(t[-1]) + 1 if len(t) else 0, max(futures, default=HELD_POSITIONS))
-    powers = [2 ** i for i in range(most.bit_length())]
-    t = held_targets(y, max(powers, default=0))
-    for run in trained if len(t) and powers else ():
+    t, powers, lines = targets_of(y), [], []
+    futures = [run.config.future_len for run in trained if "encoder" in run.networks]
+    if len(t):
+        powers = [0, *(2 ** i for i in range(20))]
+        t, (_, *powers) = held_targets(t, powers, max(futures, default=HELD_FUTURE))
+    for run in trained if powers else ():
         if run.baseline is not None:
             found = measure_last(run.baseline, x, y, t, powers)
             losses = [ratio(*found[f"last_{n}"]) for n in powers]
@@ -203,7 +197,7 @@ def length(trained, data):
             except UsageError:
                 break
             x, y = x.to(run.initial_memory.device), y.to(run.initial_memory.device)
-            t = spread((y != IGNORE).any(0).nonzero().flatten(), 16)
+            t = targets_of(y, 16)
             measured = run.measure(x, y, t, rows=LENGTH_DOCS)
             for name, part in (("rnn", own_part(run)), ("teacher", "encoder-decoder")):
                 if pair := measured.get(f"{name}_{what}"):

@@ -8,7 +8,8 @@
 First what evaluate.py prints. The baselines of train_baseline.py have a column with numbers of their own:
 
     val_last_<n>, val_last_all   nats per target if the text before the last n tokens is cut off, and if not;
-                                 the targets are those of val_held_<n>
+                                 n and the targets are those of val_held_<n> of the checkpoints beside it
+                                 (of several: of that with the longest future_len)
 
 Then, for fables, a table of facts for each checkpoint: how many generated stories come back to the fact that
 they told; and the nats of the fact, all its letters together, where held-out stories come back to it: "n
@@ -16,6 +17,7 @@ back" by the decoder from the encoder's memory of n tokens before, "rnn" by the 
 Last the figures: see figures.py.
 """
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,17 +77,19 @@ class Trained:
             return train_baseline.measure(self.baseline, x, y, rows)
         return evaluate.measure(self.networks, self.initial_memory, x, y, t, rows)
 
-    def evaluate(self, x, y, meta):
-        """The column of evaluate.py's table, with standard errors; of a baseline also val_last_<n>."""
+    def evaluate(self, x, y, meta, future_len=math.inf):
+        """The column of evaluate.py's table, with standard errors; of a baseline also val_last_<n>.
+
+        future_len: the largest of the checkpoints beside a baseline, which says what n there are.
+        """
         column = {"stage": self.checkpoint["stage"], "steps": f"{self.checkpoint['step']:,}"}
         if self.baseline is None:
             return column | evaluate.evaluate(self.networks, self.initial_memory, x, y, meta, errors=True)
-        t = figures.held_targets(y, max(evaluate.DISTANCES))
-        distances = [n for n in evaluate.DISTANCES if len(t) and 0 < n <= int(t[-1]) + 1]
-        measured = figures.measure_last(self.baseline, x, y, t, distances) if distances else {}
-        return column | train_baseline.evaluate(self.baseline, x, y, meta, errors=True) \
-            | {f"val_{name}": evaluate.ratio(*pair) for name, pair in measured.items()} \
-            | {f"val_{name}_error": evaluate.standard_error(*pair) for name, pair in measured.items()}
+        measured = train_baseline.measure(self.baseline, x, y)
+        if len(t := evaluate.targets_of(y)):
+            t, (_, *distances) = evaluate.held_targets(t, evaluate.DISTANCES, future_len)   # n > 0
+            measured |= figures.measure_last(self.baseline, x, y, t, distances)
+        return column | evaluate.numbers_of(measured, meta, errors=True)
 
 
 def load_trained(ckpt, dataset, device):
@@ -244,7 +248,9 @@ def main():
     x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len))
 
     print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
-    columns = {run.name: run.evaluate(x, y, meta) for run in trained}
+    lengths = [run.config.future_len for run in trained if "encoder" in run.networks]
+    future_len = max(lengths, default=math.inf)
+    columns = {run.name: run.evaluate(x, y, meta, future_len) for run in trained}
     print(evaluate.table(columns))
     ngrams = ngram_losses(data, x, y, config.ngrams)
     for order, loss in enumerate(ngrams, 1):

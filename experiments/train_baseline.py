@@ -18,7 +18,7 @@ from torch import nn
 import data as datasets
 import model
 import runtime
-from evaluate import loss_and_accuracy, ratio, standard_error
+from evaluate import loss_and_accuracy, numbers_of
 from lib.checkpoints import fields_of
 from lib.cli import DataError, UsageError, check_fields, parse, run_main
 from lib.optim import learning_rate, make_optimizers, optimizer_step
@@ -161,14 +161,8 @@ def measure(module, x, y, rows=16):
 
 
 def evaluate(module, x, y, meta, rows=16, errors=False):
-    """evaluate.evaluate for a baseline: {val_<name>: number}; with `errors` also <name>_error."""
-    measured = measure(module, x, y, rows)
-    numbers = {f"val_{name}": ratio(*pair) for name, pair in measured.items()}
-    if errors:
-        numbers |= {f"val_{name}_error": standard_error(*pair) for name, pair in measured.items()}
-    if "statistics" in meta:
-        numbers["val_gap_to_floor"] = numbers["val_rnn_loss"] - meta["statistics"]["entropy_per_character"]
-    return numbers
+    """evaluate.evaluate for a baseline, on documents x, y (N, L)."""
+    return numbers_of(measure(module, x, y, rows), meta, errors)
 
 
 # ------------------------------------------------------------------------------------------------------------
