@@ -198,22 +198,20 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=POSIT
 
 # ------------------------------------------------------------------------------------------------------------
 
-def load_all(ckpt, dataset, device):
-    """{name: (folder, checkpoint, ModelConfig, networks, m_empty)} of --ckpt, or the most finished run.
+def load_each(ckpt, dataset, device):
+    """(name, folder, checkpoint) of each checkpoint of --ckpt, or of the data set's most finished run.
 
     UsageError if the checkpoints are not of one data set.
     """
     paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
     folders = [path if path.is_dir() else path.parent for path in paths]
-    names, loaded = [folder.resolve().name for folder in folders], {}
+    names, sets = [folder.resolve().name for folder in folders], []
     for path, folder, name in zip(paths, folders, names):
         checkpoint = load(path, device)
-        name = name if names.count(name) == 1 else str(path)
-        loaded[name] = folder, checkpoint, *restore(checkpoint, device)
-        first = next(iter(loaded.values()))[1]["data"]["name"]
-        if checkpoint["data"]["name"] != first:
-            raise UsageError(f"--ckpt mixes data sets: {first} and {checkpoint['data']['name']}")
-    return loaded
+        sets.append(checkpoint["data"]["name"])
+        if sets[-1] != sets[0]:
+            raise UsageError(f"--ckpt mixes data sets: {sets[0]} and {sets[-1]}")
+        yield name if names.count(name) == 1 else str(path), folder, checkpoint
 
 
 def table(columns):
@@ -234,14 +232,15 @@ def table(columns):
 def main():
     config = parse(Config)
     device = choose_device(config.device)
-    loaded = load_all(config.ckpt, config.dataset, device)
-    meta = next(iter(loaded.values()))[1]["data"]
+    loaded = [(name, folder, checkpoint, restore(checkpoint, device))
+              for name, folder, checkpoint in load_each(config.ckpt, config.dataset, device)]
+    meta = loaded[0][2]["data"]
     data = datasets.load(meta["name"], config.data_dir)
     n = min(config.eval_docs, len(data.val.starts))       # no document twice: they are to be independent
     x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len))
     print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
     columns = {}
-    for name, (folder, checkpoint, _, networks, initial_memory) in loaded.items():
+    for name, folder, checkpoint, (_, networks, initial_memory) in loaded:
         check_data(checkpoint, data, folder, warn=lambda line: print(line, file=sys.stderr))
         columns[name] = {"stage": checkpoint["stage"], "steps": f"{checkpoint['step']:,}"}
         columns[name] |= evaluate(networks, initial_memory, x, y, meta, errors=True)

@@ -7,15 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 import sample
 from evaluate import evaluate
 from experiments import tables, train_baseline
+from experiments.figures import longer_documents
 from lib.checkpoints import restore
-from lib.seeds import philox
-from model import IGNORE
-from sources import tasks
 
 # ----------------------------------------------------------------------------------------------------
 # Flags, on top of the preset tiny.
@@ -223,15 +219,6 @@ def scaling_runs(seeds):
 # ----------------------------------------------------------------------------------------------------
 # What a finished run is measured for: changes to the record of its last evaluation, a record for each.
 # place: the folder of its data set; name: of the results' files.
-
-def longer_documents(meta, multiple, count):
-    """x, y (count, n) of new documents of a synthetic task, `multiple` times as long as those of training."""
-    n, length = multiple * meta["longest_document"], multiple * meta["options"]["length"][1]
-    rng, options = philox(0, multiple, "held out"), meta["options"] | {"length": (length, length)}
-    x, y, *_ = tasks.TASKS[meta["name"]](rng, count * n, **options)
-    x, y = (torch.from_numpy(part[:count * n]).long().view(count, n) for part in (x, y))
-    return x, y.masked_fill(y == tasks.NO_TARGET, IGNORE)
-
 
 def measure_lengths(run, checkpoint, place, name):
     """Loss and accuracy on 256 new documents of each of MULTIPLES; the encoder's as a method of its own."""

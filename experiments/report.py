@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data as datasets
 import evaluate
 from experiments import figures, train_baseline
-from lib.checkpoints import check_data, find_checkpoint, load, restore, write_atomically
+from lib.checkpoints import check_data, restore, write_atomically
 from lib.cli import UsageError, parse, run_main
 from model import IGNORE, ModelConfig, roll_out_without_gradients
 from runtime import choose_device
@@ -93,24 +93,15 @@ class Trained:
 
 
 def load_trained(ckpt, dataset, device):
-    """The checkpoints of --ckpt, or that of the data set's most finished run: a list of Trained.
-
-    UsageError if they are not of one data set.
-    """
-    paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
-    folders = [path if path.is_dir() else path.parent for path in paths]
-    names, trained = [folder.resolve().name for folder in folders], []
-    for path, folder, name in zip(paths, folders, names):
-        checkpoint, name = load(path, device), name if names.count(name) == 1 else str(path)
+    """A list of Trained, of what evaluate.load_each finds."""
+    trained = []
+    for name, folder, checkpoint in evaluate.load_each(ckpt, dataset, device):
         if checkpoint["stage"] in train_baseline.BASELINES:
             module = train_baseline.load_baseline(checkpoint, device)
             content = module.config, torch.nn.ModuleDict(), torch.empty(0, device=device), module
         else:
             content = restore(checkpoint, device)
         trained.append(Trained(name, folder, checkpoint, *content))
-        both = [run.checkpoint["data"]["name"] for run in (trained[0], trained[-1])]
-        if both[0] != both[1]:
-            raise UsageError(f"--ckpt mixes data sets: {both[0]} and {both[1]}")
     return trained
 
 

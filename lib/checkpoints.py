@@ -58,9 +58,6 @@ def load(path, map_location="cpu"):
 def restore(checkpoint, device="cpu"):
     """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d).
     DataError if it does not fit.
-
-    Shapes are compared before anything is allocated: a config cannot ask for more memory than the weights
-    have.
     """
     weights = {key: w for key, w in checkpoint["model"].items() if "." in key}
     names = dict.fromkeys(key.split(".")[0] for key in weights)
@@ -71,16 +68,25 @@ def restore(checkpoint, device="cpu"):
         if max(config.updater_layers, config.encoder_layers, config.decoder_layers) > len(weights) + 8 \
                 or max(config.context_len, config.future_len) > 2**20:
             raise ValueError("its sizes make no sense")
-        with torch.device("meta"):
-            shapes = {key: w.shape for key, w in build(config, vocab_size, names).state_dict().items()}
-        if shapes != {key: w.shape for key, w in weights.items()}:
-            raise ValueError("its weights have other shapes than its sizes say")
-        networks = build(config, vocab_size, names)
-        networks.load_state_dict(weights)
+        networks = build_with(weights, lambda: build(config, vocab_size, names))
         initial_memory = checkpoint["initial_memory"].view(config.memory_tokens, config.d_model)
     except (RuntimeError, TypeError, ValueError, UsageError) as error:
         raise DataError(f"the checkpoint does not fit this architecture: {error}") from None
     return config, networks.to(device), initial_memory.to(device)
+
+
+def build_with(weights, make):
+    """The module that make() returns, with these weights, a state_dict. ValueError if they do not fit.
+
+    Shapes are compared before anything is allocated: sizes cannot ask for more memory than the weights have.
+    """
+    with torch.device("meta"):
+        shapes = {key: w.shape for key, w in make().state_dict().items()}
+    if shapes != {key: w.shape for key, w in weights.items()}:
+        raise ValueError("its weights have other shapes than its sizes say")
+    module = make()
+    module.load_state_dict(weights)
+    return module
 
 
 def find_checkpoint(ckpt, dataset):
