@@ -21,6 +21,7 @@ SMT's step is one with all losses, after the trunk's phase.
 import platform
 import re
 import resource
+import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -186,7 +187,8 @@ def timed(step, i, device):
     seconds = time.perf_counter() - began
     if cuda:
         return seconds, torch.cuda.max_memory_allocated(device) / 2**20
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10     # bytes of ru_maxrss
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def repeat(steps, device, rounds):

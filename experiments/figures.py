@@ -128,7 +128,10 @@ def by_position(amounts, weights, t):
 
 
 def position(trained, measured, targets, t):
-    """Loss, nats, by position: at all targets (P,); of encoder and decoder at those of them among t (S,)."""
+    """Loss, nats per target, by position in the document. measured: of each run what Trained.measure returns.
+
+    targets (P,): the positions of rnn_loss, all that have a target. t (S,): those of teacher_loss.
+    """
     lines = []
     for run, found in zip(trained, measured):
         lines.append(line([run.name], own_part(run), *by_position(*found["rnn_loss"], targets)))
@@ -189,7 +192,7 @@ def length(trained, data):
         return {"skipped": "pictures have one length"}
     what, lines = "accuracy" if data.meta["kind"] == "synthetic" else "loss", []
     for run in trained:
-        T, found = run.checkpoint["config"].get("seq_len") or run.config.context_len, {}
+        T, found = run.checkpoint["config"]["seq_len"], {}
         for multiple in LENGTHS:
             try:
                 x, y = longer_documents(data.meta, multiple, LENGTH_DOCS) if what == "accuracy" \

@@ -1,4 +1,4 @@
-"""The experiments of reproduce.py: their flags, their runs, and what a finished run is measured for.
+"""The experiments of reproduce.py: their flags, their runs, and further measurements of a finished run.
 
 The table of flags comes first. EXPERIMENTS, at the end, has every experiment by name.
 """
@@ -130,12 +130,12 @@ def compare(data, seeds, smt="", dmt="", baselines=None, equal=("seconds",), rat
             for amount in equal if seed == seeds[0] else equal[:1]:
                 run = Run(case, f"{NAMES[stage]}, same {amount}", seed, data, stage, baselines[stage],
                           equal=amount, to=(first, second), probe=probe, best_of=grids.get(stage, ()))
-                some = (run,)
+                entries = (run,)
                 if rates and stage not in grids:
-                    some = grids[stage] = tuple(
+                    entries = grids[stage] = tuple(
                         replace(run, flags=f"{run.flags} --lr={rate:g}", tag=f"lr={rate:g}")
                         for rate in rates)
-                runs += some
+                runs += entries
     return [*probes.values(), *runs]
 
 
@@ -190,8 +190,8 @@ def encoders_runs(seeds):
         for seed in seeds:
             reference = compare(data, [seed], *causal, case=f"{data}, causal, many positions")
             first, second = compare(data, [seed], window_smt, window_dmt, case=f"{data}, window, 1 position")
-            some = as_long_as(reference[0], first)
-            runs += [*reference, *some, *as_long_as(reference[1], replace(second, after=some[-1]))]
+            entries = as_long_as(reference[0], first)
+            runs += [*reference, *entries, *as_long_as(reference[1], replace(second, after=entries[-1]))]
     return list(dict.fromkeys(runs))
 
 
@@ -217,10 +217,10 @@ def scaling_runs(seeds):
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a finished run is measured for: changes to the record of its last evaluation, a record for each.
-# place: the folder of its data set; name: of the results' files.
+# Further measurements of a finished run. Each function returns dicts; each dict, on top of the run's record,
+# is one record of the results. checkpoint: of the run; name: of the results' files.
 
-def measure_lengths(run, checkpoint, place, name):
+def measure_lengths(run, checkpoint, name):
     """Loss and accuracy on 256 new documents of each of MULTIPLES; the encoder's as a method of its own."""
     meta, records = checkpoint["data"], []
     if run.stage in ("lstm", "transformer"):
@@ -238,20 +238,20 @@ def measure_lengths(run, checkpoint, place, name):
     return records
 
 
-def paint_pictures(run, checkpoint, place, name):
+def paint_pictures(run, checkpoint, name):
     """Samples and completions of held-out pictures by the RNN, as PNG files beside the results."""
     if run.stage in ("lstm", "transformer"):
         return [{}]
     pictures, (_, networks, initial_memory) = [], restore(checkpoint)
     for what, prompt, n in (("samples", "", 16), ("completions", "held-out", 8)):
-        config = sample.Config(data_dir=str(place), prompt=prompt, num_samples=n)
+        config = sample.Config(data_dir=checkpoint["config"]["data_dir"], prompt=prompt, num_samples=n)
         pictures.append(f"{name}-{slug(run.method)}-{run.seed}-{what}.png")
         path = tables.FOLDER / pictures[-1]
         sample.paint(networks, initial_memory, checkpoint["data"], config, path)
     return [{"pictures": pictures}]
 
 
-def measure_sizes(run, checkpoint, place, name):
+def measure_sizes(run, checkpoint, name):
     """After DMT, a record for each size of SCALING in whose panel the run is: the base is in all."""
     sizes = {size: checkpoint["model_config"][size] for size in SCALING}
     changed = {size for size in SCALING if sizes[size] != SCALING[size][0]}
@@ -270,7 +270,7 @@ class Experiment:
     runs: Callable                  # seeds -> runs, each after its needs
     metrics: tuple                  # a table each
     figure: Callable
-    measure: Callable = lambda run, checkpoint, place, name: [{}]
+    measure: Callable = lambda run, checkpoint, name: [{}]      # further measurements, see above
 
 
 BOTH, COST = ("val_rnn_accuracy", "val_rnn_loss"), ("seconds", "tokens", "sequential_flops")

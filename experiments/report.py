@@ -243,7 +243,7 @@ def main():
     future_len = max(lengths, default=math.inf)
     columns = {run.name: run.evaluate(x, y, meta, future_len) for run in trained}
     print(evaluate.table(columns))
-    ngrams = ngram_losses(data, x, y, config.ngrams)
+    ngrams = ngram_losses(data, x, y, config.ngrams) if config.ngrams else []
     for order, loss in enumerate(ngrams, 1):
         print(f"{f'{order}-gram loss':24}{loss:8.4f}")
     for run in trained if meta["name"] == "fables" else ():

@@ -91,7 +91,10 @@ def evaluations(run, root):
 
 
 def steps_for(amount, spent):
-    """Steps that spend an amount at the speed of a log, [(step, amount so far)], without its first line."""
+    """How many steps spend `amount` at the rate of a log `spent`, [(step, spent so far)].
+
+    The rate is that after the first line with step > 0.
+    """
     (first, at_first), (last, at_last) = next(line for line in spent if line[0] > 0), spent[-1]
     rate = (at_last - at_first) / (last - first) if last > first else at_last / last
     return max(1, round(amount / rate))
@@ -258,7 +261,7 @@ def report(name, config, done):
 
 
 def records_of(run, root, scale, done, experiment):
-    """The records of a run, as in tables.py. measured.json keeps what a finished run was measured for."""
+    """The records of a run, as in tables.py. measured.json caches what experiment.measure returned."""
     record = {key: getattr(run, key) for key in ("case", "method", "seed", "label", "name")}
     record |= dict(panel=run.data, done=done)
     options = tasks.OPTIONS.get(DATA[run.data][0], {}) | DATA[run.data][1]
@@ -272,7 +275,7 @@ def records_of(run, root, scale, done, experiment):
     if "changes" not in measured or not all((tables.FOLDER / name).exists() for name in pictures):
         tables.FOLDER.mkdir(parents=True, exist_ok=True)
         checkpoint = load(root / run.name)
-        measured = {"changes": experiment.measure(run, checkpoint, settings["data_dir"], root.name)}
+        measured = {"changes": experiment.measure(run, checkpoint, root.name)}
         if "sequential_flops" in experiment.metrics:
             flops = spent(root / run.name)
             measured["sequential_flops"] = {str(step): amount for step, amount in flops.items()}

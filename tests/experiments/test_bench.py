@@ -1,4 +1,6 @@
 """The benchmark, on tiny sizes: the lines are there, and the numbers are those of the stages."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import call, refused, trained
@@ -96,6 +98,13 @@ def test_flops_of_a_step_are_those_of_its_matrix_products_and_attention(monkeypa
     assert work["bptt"][:2] == (3 * 6, 3 * 3 * 6 * (updater + block(K, 1) + 2 * d * V))
     assert work["transformer"][:2] == (5 * 6, 3 * 5 * (block(6, 6) + 6 * 2 * d * V))
     assert work["lstm"][:2] == (5 * 6, 3 * 5 * 6 * 2 * (d * 4 * 8 + 8 * 4 * 8 + 8 * V))
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 1)])
+def test_the_peak_of_a_cpu_is_in_mib_whatever_the_unit_of_the_system(platform, unit, monkeypatch):
+    monkeypatch.setattr(bench.sys, "platform", platform)
+    monkeypatch.setattr(bench.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**20 // unit))
+    assert bench.timed(lambda i: None, 0, torch.device("cpu"))[1] == 3
 
 
 def test_bytes_are_what_operations_read_and_write():

@@ -23,8 +23,8 @@ SIZES = dict(d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, updater_la
 ALL = "encoder", "decoder", "updater", "readout"
 
 
-def checkpoint(stage, **config):
-    return {"stage": stage, "step": 4, "data": {"name": "a", "vocab_size": V}, "config": config}
+def checkpoint(stage):
+    return {"stage": stage, "step": 4, "data": {"name": "a", "vocab_size": V}, "config": {"seq_len": 9}}
 
 
 def rnn(name="a-smt", names=ALL, **sizes):

@@ -240,6 +240,7 @@ def test_numbers_ngrams_and_facts_of_rnn_and_baselines_stand_side_by_side(data_d
 
 def test_checkpoints_stand_side_by_side_and_in_the_json_file(data_dir, smt_run, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "measure_all", lambda *_: {"drift": {"skipped": "for speed"}})
+    monkeypatch.setattr(report, "ngram_losses", None)               # unless --ngrams asks for them
     shutil.copytree(smt_run("retrieval"), tmp_path / "other")
     flags = f"--data_dir={data_dir}", "--eval_docs=10000", "--device=cpu", f"--json={tmp_path / 'a.json'}"
     result = trained(report, f"--ckpt={smt_run('retrieval')},{tmp_path / 'other'}", *flags)

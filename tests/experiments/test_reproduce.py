@@ -299,31 +299,31 @@ def test_steps_of_a_baseline_spend_the_seconds_and_tokens_of_both_stages(place):
 
 def test_what_is_measured_of_checkpoints(place, data_dir, smt_run, monkeypatch):
     checkpoint, run = load(smt_run("retrieval")), Run("tiny", "SMT", 1, "tiny", "smt")
-    longer = plans.measure_lengths(run, checkpoint, data_dir, "x")
+    longer = plans.measure_lengths(run, checkpoint, "x")
     assert [(r["value"], r.get("method", "SMT")) for r in longer] == \
         [(k, method) for k in (1, 2, 4, 8) for method in ("SMT", "Encoder-decoder")]
     assert all(0 <= r["val_rnn_accuracy"] <= 1 and r["val_rnn_loss"] > 0 for r in longer)
     assert longer[0]["val_rnn_loss"] != longer[2]["val_rnn_loss"]
     trained(train_baseline, *BASELINES["lstm"].split(), "--model=lstm", "--dataset=retrieval",
             f"--data_dir={data_dir}", f"--out_dir={place / 'lstm'}")
-    assert len(plans.measure_lengths(replace(run, stage="lstm"), load(place / "lstm"), data_dir, "x")) == 4
+    assert len(plans.measure_lengths(replace(run, stage="lstm"), load(place / "lstm"), "x")) == 4
 
     monkeypatch.setattr(plans, "SCALING", {"memory_tokens": (2, 1), "d_model": (16, 8)})
-    sized = [[r["case"] for r in plans.measure_sizes(replace(run, stage=stage), checkpoint, data_dir, "x")]
+    sized = [[r["case"] for r in plans.measure_sizes(replace(run, stage=stage), checkpoint, "x")]
              for stage in ("smt", "dmt")]
     assert sized == [[], ["d_model 8"]]
 
 
-def test_pictures_are_painted_again_if_they_are_gone(place, data_dir, smt_run, monkeypatch, commands):
+def test_pictures_are_painted_again_if_they_are_gone(place, smt_run, monkeypatch, commands):
     tables.FOLDER.mkdir()
     run = Run("mnist", "SMT+DMT", 1, "mnist", "dmt")
     with contextlib.redirect_stdout(io.StringIO()):
-        painted, = plans.paint_pictures(run, load(smt_run("mnist")), data_dir, "x")
+        painted, = plans.paint_pictures(run, load(smt_run("mnist")), "x")
     assert len(painted["pictures"]) == 2
     assert {path.name for path in tables.FOLDER.iterdir()} == set(painted["pictures"])
     times = []
 
-    def paint(run, checkpoint, place, name):
+    def paint(run, checkpoint, name):
         times.append(run.name)
         (tables.FOLDER / "picture.png").write_text("a picture")
         return [{"pictures": ["picture.png"]}]
