@@ -84,7 +84,10 @@ def slug(text):
 
 @dataclass(frozen=True)
 class Run:
-    """One command: a train script, its flags and its data set. It starts after its `needs` are finished."""
+    """One command: a train script, its flags and its data set.
+
+    It starts after its `needs` are finished, and all of `best_of` have ended, one of them at least finished.
+    """
     case: str                       # what is compared: a row of the table
     method: str                     # a column; of several runs of a case, method and seed the best one counts
     seed: int
@@ -95,7 +98,7 @@ class Run:
     equal: str = ""                 # seconds or tokens: as many as the runs `to`, at the speed of `probe`
     to: tuple = ()
     probe: "Run | None" = None
-    best_of: tuple = ()             # takes the learning rate of the best of these runs
+    best_of: tuple = ()             # takes the learning rate of the best of these runs, after all have ended
     tag: str = ""                   # tells runs of a case, method and seed apart
 
     @property
@@ -105,7 +108,7 @@ class Run:
 
     @property
     def needs(self):
-        return {run for run in (self.after, self.probe, *self.to, *self.best_of) if run}
+        return {run for run in (self.after, self.probe, *self.to) if run}
 
     @property
     def label(self):

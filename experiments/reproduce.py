@@ -108,7 +108,8 @@ def flags_of(run, root, scale):
     if run.after:
         flags.append(f"--init_from={root / run.after.name}")
     if run.best_of:
-        best = min(run.best_of, key=lambda other: evaluations(other, root)[-1]["val_rnn_loss"])
+        grid = [other for other in run.best_of if state(other, root, scale) == "done"]
+        best = min(grid, key=lambda other: evaluations(other, root)[-1]["val_rnn_loss"])
         flags.append(f"--lr={resolve(best.stage, flags_of(best, root, scale))['lr']:g}")
     settings = resolve(run.stage, tuple(flags))
     steps = settings["max_iters"]
@@ -141,10 +142,11 @@ def state(run, root, scale):
 
 
 def finished(runs, root, scale):
-    """The runs that are done and whose needs are. Runs come after their needs."""
+    """The runs that are done and whose needs are; of best_of one is enough. Runs come after their needs."""
     done = set()
     for run in runs:
-        if run.needs <= done and state(run, root, scale) == "done":
+        grid_is_done = not run.best_of or done & {*run.best_of}
+        if run.needs <= done and grid_is_done and state(run, root, scale) == "done":
             done.add(run)
     return done
 
@@ -207,12 +209,13 @@ def execute(name, config):
     try:
         while todo or running:
             for run in list(todo):
-                if missing := run.needs & failed:
+                grid = {*run.best_of}
+                if missing := (run.needs & failed) | (grid if grid <= failed else set()):
                     names = ", ".join(sorted(other.name for other in missing))
                     say(f"{run.name}: not started, {names} failed")
                     failed.add(run)
                     todo.remove(run)
-                elif run.needs <= done and len(running) < config.jobs:
+                elif run.needs <= done and grid <= done | failed and len(running) < config.jobs:
                     todo.remove(run)
                     running[run] = launch(run, root, config.scale, config.jobs)
             time.sleep(0.1)
@@ -226,6 +229,10 @@ def execute(name, config):
                     failed.add(run)
                     continue
                 done.add(run)
+                stale = {other for other in done if run in other.best_of       # a run that failed before
+                         and state(other, root, config.scale) != "done"}
+                done -= stale
+                todo += [other for other in runs if other in stale]
                 last = evaluations(run, root)[-1]
                 say(f"{len(done)} of {len(runs)}  {run.name}: loss {last['val_rnn_loss']:.4f}, "
                     f"accuracy {last['val_rnn_accuracy']:.3f}, {last['seconds']:.0f} s")

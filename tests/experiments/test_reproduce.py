@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_every_flag_of_every_planned_run_is_accepted_by_its_script(name, monkeyp
     runs, known = EXPERIMENTS[name].runs([1, 2]), set()
     assert len({run.name for run in runs}) == len(set(runs)) == len(runs)
     for run in runs:
-        assert run.needs <= known, f"{run.name} comes before what it needs"
+        assert run.needs | {*run.best_of} <= known, f"{run.name} comes before what it needs"
         known.add(run)
         assert not run.equal or run.to and run.probe
         flags = *reproduce.STAGES[run.stage][1], f"--dataset={DATA[run.data][0]}", "--preset=tiny"
@@ -206,6 +207,36 @@ def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatc
     assert "1 of 3  tiny-bptt-1337" in result.out
     assert "| tiny | - | - | " in (place / "results" / "bad.md").read_text()
     assert (place / "results" / "bad.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_baseline_takes_the_best_of_the_rates_that_did_not_fail(place, monkeypatch, commands):
+    def runs(seeds):
+        baseline = {"lstm": BASELINES["lstm"]}
+        return compare("tiny", seeds, SMT, DMT, baseline, rates=(1e-9, 0.02))
+    add(monkeypatch, "grid", runs, seeds=2)
+    good, broken = train_baseline.main, {"lr=1e-09", "lr=0.02"}
+
+    def main():
+        if any(f"-{name}-" in argument for name in broken for argument in sys.argv):
+            raise lib.cli.DataError("the loss became nan before step 2; the last checkpoint stays")
+        good()
+    monkeypatch.setattr(train_baseline, "main", main)
+    result = call(reproduce, "grid")
+    refused(result, 1, "3 runs failed")
+    assert "tiny-lstm-same-seconds-1338: not started, tiny-lstm-same-seconds-lr=0.02-1337, " in result.out
+
+    broken.remove("lr=1e-09")
+    refused(call(reproduce, "grid"), 1, "1 runs failed")
+    assert folders(commands)[-1] == "tiny-lstm-same-seconds-1338" and float(flag(commands[-1], "lr")) == 1e-9
+    before = len(commands)
+    refused(call(reproduce, "grid"), 1, "1 runs failed")                # tries the failed one alone again
+    assert folders(commands[before:]) == ["tiny-lstm-same-seconds-lr=0.02-1337"]
+    assert "runs: 7 of 8 done" in (place / "results" / "grid.md").read_text()
+
+    broken.clear()                                                      # and this rate is the better one
+    assert call(reproduce, "grid").status == 0
+    assert folders(commands)[-1] == "tiny-lstm-same-seconds-1338" and float(flag(commands[-1], "lr")) == 0.02
+    assert "runs: 8 of 8 done" in (place / "results" / "grid.md").read_text()
 
 
 def test_jobs_bounds_how_many_run_at_a_time_and_several_have_one_thread_each(place, monkeypatch):
