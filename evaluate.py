@@ -55,6 +55,7 @@ class Config:
 # ------------------------------------------------------------------------------------------------------------
 # Numbers. Each is measured as amounts and weights (N, S), of N documents at S positions: sum over sum.
 
+POSITIONS = 64              # of each document at which the encoder is asked, at most
 DISTANCES = 0, 16, 64       # tokens between a memory and the target that the decoder reads from it
 HELD_TARGETS = 16           # targets of each document that are read from all distances, at most
 SAME = 1e-6               # variance of memories below which documents do not differ, and drift has no meaning
@@ -63,6 +64,21 @@ SAME = 1e-6               # variance of memories below which documents do not di
 def spread(t, most):
     """At most `most` of the positions t (n,), evenly spread, the first and the last among them."""
     return t[torch.linspace(0, len(t) - 1, min(most, len(t)), device=t.device).long()]
+
+
+def targets_of(y, most=POSITIONS):
+    """At most `most` positions (S,), evenly spread over those of y (N, L) that have a target."""
+    return spread((y != IGNORE).any(0).nonzero().flatten(), most)
+
+
+def held_targets(t, distances, future_len):
+    """What held_<n> is measured at: a selection of the targets' positions t (S,), and the distances n.
+
+    n: those of `distances` (0 first) that are below future_len and fit into the documents. The positions: at
+    most HELD_TARGETS, evenly spread over those with at least n tokens x_0 .. x_t for the largest n.
+    """
+    distances = [n for n in distances if n < future_len and n <= int(t.max()) + 1]
+    return spread(t[t >= distances[-1] - 1], HELD_TARGETS), distances
 
 
 def loss_of(name, logits, y):
@@ -135,8 +151,7 @@ def measure(networks, initial_memory, x, y, t, rows=16):
     if variance.sum() > SAME * real.sum():
         measured |= {"drift": (error, variance)}
 
-    distances = [n for n in DISTANCES if n < decoder.future_len and n <= int(t.max()) + 1]
-    late = spread(t[t >= distances[-1] - 1], HELD_TARGETS)
+    late, distances = held_targets(t, DISTANCES, decoder.future_len)
     parts = [measure_held(networks, *part, late, distances) for part in zip(x.split(rows), y.split(rows))]
     return measured | {name: tuple(map(torch.cat, zip(*(part[name] for part in parts)))) for name in parts[0]}
 
@@ -163,14 +178,11 @@ def standard_error(amounts, weights):
     return math.sqrt(squares * len(a) / (len(a) - 1)) / max(float(w.sum()), 1e-12)
 
 
-def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, errors=False):
-    """The numbers at the top of this file, {val_<name>: number}, on held-out documents x, y (N, L).
+def numbers_of(measured, meta, errors=False):
+    """{val_<name>: number} of {name: (amounts, weights)}, and for fables val_gap_to_floor.
 
-    What needs an encoder is measured at up to most_positions positions, spread over those that have targets.
     errors: also the standard error of each number, as <name>_error.
     """
-    t = spread((y != IGNORE).any(0).nonzero().flatten(), most_positions)
-    measured = measure(networks, initial_memory, x, y, t, rows)
     numbers = {f"val_{name}": ratio(*pair) for name, pair in measured.items()}
     if errors:
         numbers |= {f"val_{name}_error": standard_error(*pair) for name, pair in measured.items()}
@@ -179,24 +191,31 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=64, e
     return numbers
 
 
+def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=POSITIONS, errors=False):
+    """The numbers at the top of this file, as numbers_of gives them, on held-out documents x, y (N, L).
+
+    What needs an encoder is measured at up to most_positions positions, spread over those that have targets.
+    """
+    t = targets_of(y, most_positions)
+    return numbers_of(measure(networks, initial_memory, x, y, t, rows), meta, errors)
+
+
 # ------------------------------------------------------------------------------------------------------------
 
-def load_all(ckpt, dataset, device):
-    """{name: (folder, checkpoint, ModelConfig, networks, m_empty)} of --ckpt, or the most finished run.
+def load_each(ckpt, dataset, device):
+    """(name, folder, checkpoint) of each checkpoint of --ckpt, or of the data set's most finished run.
 
     UsageError if the checkpoints are not of one data set.
     """
     paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
     folders = [path if path.is_dir() else path.parent for path in paths]
-    names, loaded = [folder.resolve().name for folder in folders], {}
+    names, sets = [folder.resolve().name for folder in folders], []
     for path, folder, name in zip(paths, folders, names):
         checkpoint = load(path, device)
-        name = name if names.count(name) == 1 else str(path)
-        loaded[name] = folder, checkpoint, *restore(checkpoint, device)
-        first = next(iter(loaded.values()))[1]["data"]["name"]
-        if checkpoint["data"]["name"] != first:
-            raise UsageError(f"--ckpt mixes data sets: {first} and {checkpoint['data']['name']}")
-    return loaded
+        sets.append(checkpoint["data"]["name"])
+        if sets[-1] != sets[0]:
+            raise UsageError(f"--ckpt mixes data sets: {sets[0]} and {sets[-1]}")
+        yield name if names.count(name) == 1 else str(path), folder, checkpoint
 
 
 def table(columns):
@@ -217,14 +236,15 @@ def table(columns):
 def main():
     config = parse(Config)
     device = choose_device(config.device)
-    loaded = load_all(config.ckpt, config.dataset, device)
-    meta = next(iter(loaded.values()))[1]["data"]
+    loaded = [(name, folder, checkpoint, restore(checkpoint, device))
+              for name, folder, checkpoint in load_each(config.ckpt, config.dataset, device)]
+    meta = loaded[0][2]["data"]
     data = datasets.load(meta["name"], config.data_dir)
     n = min(config.eval_docs, len(data.val.starts))       # no document twice: they are to be independent
     x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len))
     print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
     columns = {}
-    for name, (folder, checkpoint, _, networks, initial_memory) in loaded.items():
+    for name, folder, checkpoint, (_, networks, initial_memory) in loaded:
         check_data(checkpoint, data, folder, warn=lambda line: print(line, file=sys.stderr))
         columns[name] = {"stage": checkpoint["stage"], "steps": f"{checkpoint['step']:,}"}
         columns[name] |= evaluate(networks, initial_memory, x, y, meta, errors=True)

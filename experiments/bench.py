@@ -21,6 +21,7 @@ SMT's step is one with all losses, after the trunk's phase.
 import platform
 import re
 import resource
+import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ import train_bptt
 import train_dmt
 import train_smt
 from experiments import train_baseline
-from experiments.flops import step_flops
+from experiments.flops import chain
 from lib import graphs
 from lib.cli import UsageError, check_fields, parse, run_main
 from lib.compiler import COMPILED_SHAPES
@@ -186,7 +187,8 @@ def timed(step, i, device):
     seconds = time.perf_counter() - began
     if cuda:
         return seconds, torch.cuda.max_memory_allocated(device) / 2**20
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10     # bytes of ru_maxrss
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def repeat(steps, device, rounds):
@@ -242,8 +244,8 @@ def device_name(device):
 
 def prepare(config, device):
     """All steps {name: step}, and their work {name: (tokens, FLOPs, bytes, repetitions)}."""
-    on_cpu, smt_config = datasets.load(config.dataset, config.data_dir), stage_config("smt", config)
-    data = on_cpu.to(device)
+    data = datasets.load(config.dataset, config.data_dir).to(device)
+    smt_config = stage_config("smt", config)
     torch.manual_seed(smt_config.seed)
     steps, work = {}, {}
     for stage in dict.fromkeys(config.stages.split(",")):
@@ -254,12 +256,14 @@ def prepare(config, device):
         if stage != "sample":
             own = stage_config(stage, config)
             run = runtime.Run(own, stage, device, 0, 1, Path(), False, False)
-            flops, moved = count(training(stage, own, smt_config, data, run)[0], device)
+            step, tokens = training(stage, own, smt_config, data, run)
+            flops, moved = count(step, device)
             if stage == "lstm":                         # fused: its FLOPs are not seen
-                flops, _ = step_flops(own, on_cpu)
+                weights = train_baseline.build(own, data.vocab_size).state_dict()
+                flops = 3 * tokens * chain(weights, "lstm.")        # forward, and twice as much back
             by_default = device.type == "cuda" and config.preset != "tiny" and stage != "lstm"
             run.compile = by_default if config.compile is None else config.compile
-            steps[stage], tokens = training(stage, own, smt_config, data, run)
+            steps[stage], _ = training(stage, own, smt_config, data, run)
             work[stage] = tokens, flops, moved, 1
     n, kind = MATRIX[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     a, source = torch.randn(n, n, device=device, dtype=kind), torch.empty(COPIED // 4, device=device)

@@ -14,6 +14,7 @@ A line is a dict: the names of its runs, what of them (part), and its points x, 
 sense for the checkpoints at hand is {"skipped": why}. `trained`: report.Trained of one data set, a list.
 """
 import math
+import sys
 import time
 from statistics import median
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import data as datasets
 import runtime
 import sample
-from evaluate import HELD_TARGETS, SAME, loss_of, measure_held, ratio, spread, standard_error
+from evaluate import SAME, held_targets, loss_of, measure_held, ratio, spread, standard_error, targets_of
 from experiments.flops import lineage, spent
 from lib.checkpoints import write_atomically
 from lib.cli import DataError, UsageError
@@ -33,7 +34,7 @@ from model import IGNORE, build, normalise, roll_out, roll_out_without_gradients
 from sources import tasks
 
 BUCKETS = 32                            # of position.png: groups of neighbouring positions, at most
-HELD_DOCS, HELD_POSITIONS = 32, 64      # of held.png: documents; positions that targets are chosen from
+HELD_DOCS, HELD_FUTURE = 32, 65         # of held.png: documents; future_len if all runs are baselines
 LENGTHS, LENGTH_DOCS = (1, 2, 4, 8), 64   # of length.png: multiples of the trained length; documents of each
 GRADIENT_DOCS, GRADIENT_STEPS = 16, 256     # of gradients.png: documents; steps back through time, at most
 MEMORY_DOCS, MEMORY_POINTS = 64, 1800   # of memory.png: documents; points in all its panels
@@ -59,22 +60,16 @@ def measure_all(trained, data, x, y, seed):
     end = int((real.sum(0) >= max(1, len(x) // 10)).sum())      # beyond are too few documents for a mean
     t = spread(torch.arange(end, device=x.device), 2 * BUCKETS)
     measured = [run.measure(x[:, :end], y[:, :end], t) for run in trained]
-    targets = (y[:, :end] != IGNORE).any(0).nonzero().flatten()
+    targets = targets_of(y[:, :end], end)
     return {"held": held(trained, x[:HELD_DOCS, :end], y[:HELD_DOCS, :end]),
             "position": position(trained, measured, targets, t), "drift": drift(trained, measured, t),
             "length": length(trained, data), "gradients": gradients(trained, x, y, seed),
             "memory": memory(trained, x, y, data.meta), "cost": cost(trained, data.vocab_size, seed),
-            "compute": compute(trained, data)}
+            "compute": compute(trained)}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What they show
-
-def held_targets(y, furthest):
-    """Positions (S,) of targets of y (N, L) that have `furthest` tokens before them, as evaluate.measure."""
-    t = spread((y != IGNORE).any(0).nonzero().flatten(), HELD_POSITIONS)
-    return spread(t[t >= furthest - 1], HELD_TARGETS)
-
 
 @torch.no_grad()
 def measure_last(module, x, y, t, distances, rows=16):
@@ -95,12 +90,12 @@ def measure_last(module, x, y, t, distances, rows=16):
 def held(trained, x, y):
     """Loss against the distance n = 0, 1, 2, 4, .. of a memory from the target: by the encoder's memory, the
     RNN's, the whole past; of a baseline by the last n tokens. At the same targets of x, y (N, L)."""
-    t, lines = (y != IGNORE).any(0).nonzero().flatten(), []
-    futures = [run.config.future_len - 1 for run in trained if "encoder" in run.networks]
-    most = min(int(t[-1]) + 1 if len(t) else 0, max(futures, default=HELD_POSITIONS))
-    powers = [2 ** i for i in range(most.bit_length())]
-    t = held_targets(y, max(powers, default=0))
-    for run in trained if len(t) and powers else ():
+    t, powers, lines = targets_of(y), [], []
+    futures = [run.config.future_len for run in trained if "encoder" in run.networks]
+    if len(t):
+        powers = [0, *(2 ** i for i in range(20))]
+        t, (_, *powers) = held_targets(t, powers, max(futures, default=HELD_FUTURE))
+    for run in trained if powers else ():
         if run.baseline is not None:
             found = measure_last(run.baseline, x, y, t, powers)
             losses = [ratio(*found[f"last_{n}"]) for n in powers]
@@ -133,7 +128,10 @@ def by_position(amounts, weights, t):
 
 
 def position(trained, measured, targets, t):
-    """Loss, nats, by position: at all targets (P,); of encoder and decoder at those of them among t (S,)."""
+    """Loss, nats per target, by position in the document. measured: of each run what Trained.measure returns.
+
+    targets (P,): the positions of rnn_loss, all that have a target. t (S,): those of teacher_loss.
+    """
     lines = []
     for run, found in zip(trained, measured):
         lines.append(line([run.name], own_part(run), *by_position(*found["rnn_loss"], targets)))
@@ -194,7 +192,7 @@ def length(trained, data):
         return {"skipped": "pictures have one length"}
     what, lines = "accuracy" if data.meta["kind"] == "synthetic" else "loss", []
     for run in trained:
-        T, found = run.checkpoint["config"].get("seq_len") or run.config.context_len, {}
+        T, found = run.checkpoint["config"]["seq_len"], {}
         for multiple in LENGTHS:
             try:
                 x, y = longer_documents(data.meta, multiple, LENGTH_DOCS) if what == "accuracy" \
@@ -202,7 +200,7 @@ def length(trained, data):
             except UsageError:
                 break
             x, y = x.to(run.initial_memory.device), y.to(run.initial_memory.device)
-            t = spread((y != IGNORE).any(0).nonzero().flatten(), 16)
+            t = targets_of(y, 16)
             measured = run.measure(x, y, t, rows=LENGTH_DOCS)
             for name, part in (("rnn", own_part(run)), ("teacher", "encoder-decoder")):
                 if pair := measured.get(f"{name}_{what}"):
@@ -335,7 +333,8 @@ def cost(trained, vocab_size, seed):
     """Milliseconds of the RNN and bytes of state for a generated token, after POSITIONS random tokens.
 
     Milliseconds are the median of TIMED tokens. A Transformer's bytes, in float32, are the keys and values of
-    all tokens before; where no checkpoint is one, of the width and the layers of the first RNN.
+    the last context_len tokens, which are all that it attends to. Where no checkpoint is a Transformer, those
+    of all tokens before, for one with the width and the layers of the first RNN.
     """
     rnns, ms, state_bytes = [run for run in trained if run.baseline is None], [], []
     if not rnns:
@@ -353,35 +352,42 @@ def cost(trained, vocab_size, seed):
         ms.append(line([run.name], "RNN", POSITIONS, times))
         state_bytes.append(line([run.name], "RNN", POSITIONS, [state.nbytes] * len(POSITIONS)))
     config = rnns[0].config
-    sizes = [([run.name], own_part(run), run.config.layers, run.config.d_model) for run in trained
-             if own_part(run) == "Transformer"]
+    sizes = [([run.name], own_part(run), run.config.layers, run.config.d_model, run.config.context_len)
+             for run in trained if own_part(run) == "Transformer"]
     sizes = sizes or [([], "Transformer of as many layers", config.updater_layers + config.decoder_layers,
-                       config.d_model)]
-    for names, part, layers, d in sizes:
-        state_bytes.append(line(names, part, POSITIONS, [2 * 4 * layers * d * n for n in POSITIONS]))
+                       config.d_model, math.inf)]
+    for names, part, layers, d, most in sizes:
+        cached = [2 * 4 * layers * d * min(n, most) for n in POSITIONS]
+        state_bytes.append(line(names, part, POSITIONS, cached))
     for run in (run for run in trained if own_part(run) == "LSTM"):
         state_bytes.append(line([run.name], "LSTM", POSITIONS, [2 * 4 * run.config.hidden] * len(POSITIONS)))
     return {"ms": ms, "bytes": state_bytes}
 
 
-def compute(trained, data):
-    """Held-out loss against what was spent; a run begins where the run ended that it started from."""
+def compute(trained):
+    """Held-out loss against what was spent; a run begins where the run ended that it started from.
+
+    Why a run is left out is printed to stderr.
+    """
     found = {}
     for run in trained:
-        try:
-            *sources, _ = lineage(run.folder)
-            flops = {step: sequential for step, _, sequential in spent(run.folder, data)}
-        except DataError:                               # a run whose sources are gone cannot be placed
-            continue
         log = [one for one in runtime.read_log(run.folder / "metrics.jsonl")
                if "val_rnn_loss" in one and one["step"] <= run.checkpoint["step"]]
+        try:
+            if not log:
+                raise DataError(f"there is no evaluation in {run.folder / 'metrics.jsonl'}")
+            *sources, _ = lineage(run.folder)
+            flops = spent(run.folder)
+        except DataError as error:
+            print(f"compute.png: without {run.name}, {error}", file=sys.stderr)
+            continue
         for key in ("tokens", "sequential_flops", "seconds"):
             before = sum(checkpoint["spent"].get(key, 0) for _, checkpoint in sources)
             points = [(before + one[key] if key in one else flops[one["step"]], one["val_rnn_loss"])
                       for one in log if sources or one["step"]]         # a log axis has no 0
             if points:
                 found.setdefault(key, []).append(line([run.name], own_part(run), *zip(*points)))
-    return found or {"skipped": "there is no metrics.jsonl beside the checkpoints"}
+    return found or {"skipped": "of no checkpoint it is known what was spent on it"}
 
 
 # ------------------------------------------------------------------------------------------------------------

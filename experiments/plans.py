@@ -1,4 +1,4 @@
-"""The experiments of reproduce.py: their flags, their runs, and what a finished run is measured for.
+"""The experiments of reproduce.py: their flags, their runs, and further measurements of a finished run.
 
 The table of flags comes first. EXPERIMENTS, at the end, has every experiment by name.
 """
@@ -7,15 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 import sample
 from evaluate import evaluate
 from experiments import tables, train_baseline
+from experiments.figures import longer_documents
 from lib.checkpoints import restore
-from lib.seeds import philox
-from model import IGNORE
-from sources import tasks
 
 # ----------------------------------------------------------------------------------------------------
 # Flags, on top of the preset tiny.
@@ -88,7 +84,10 @@ def slug(text):
 
 @dataclass(frozen=True)
 class Run:
-    """One command: a train script, its flags and its data set. It starts after its `needs` are finished."""
+    """One command: a train script, its flags and its data set.
+
+    It starts after its `needs` are finished, and all of `best_of` have ended, one of them at least finished.
+    """
     case: str                       # what is compared: a row of the table
     method: str                     # a column; of several runs of a case, method and seed the best one counts
     seed: int
@@ -99,7 +98,7 @@ class Run:
     equal: str = ""                 # seconds or tokens: as many as the runs `to`, at the speed of `probe`
     to: tuple = ()
     probe: "Run | None" = None
-    best_of: tuple = ()             # takes the learning rate of the best of these runs
+    best_of: tuple = ()             # takes the learning rate of the best of these runs, after all have ended
     tag: str = ""                   # tells runs of a case, method and seed apart
 
     @property
@@ -109,7 +108,7 @@ class Run:
 
     @property
     def needs(self):
-        return {run for run in (self.after, self.probe, *self.to, *self.best_of) if run}
+        return {run for run in (self.after, self.probe, *self.to) if run}
 
     @property
     def label(self):
@@ -134,12 +133,12 @@ def compare(data, seeds, smt="", dmt="", baselines=None, equal=("seconds",), rat
             for amount in equal if seed == seeds[0] else equal[:1]:
                 run = Run(case, f"{NAMES[stage]}, same {amount}", seed, data, stage, baselines[stage],
                           equal=amount, to=(first, second), probe=probe, best_of=grids.get(stage, ()))
-                some = (run,)
+                entries = (run,)
                 if rates and stage not in grids:
-                    some = grids[stage] = tuple(
+                    entries = grids[stage] = tuple(
                         replace(run, flags=f"{run.flags} --lr={rate:g}", tag=f"lr={rate:g}")
                         for rate in rates)
-                runs += some
+                runs += entries
     return [*probes.values(), *runs]
 
 
@@ -194,8 +193,8 @@ def encoders_runs(seeds):
         for seed in seeds:
             reference = compare(data, [seed], *causal, case=f"{data}, causal, many positions")
             first, second = compare(data, [seed], window_smt, window_dmt, case=f"{data}, window, 1 position")
-            some = as_long_as(reference[0], first)
-            runs += [*reference, *some, *as_long_as(reference[1], replace(second, after=some[-1]))]
+            entries = as_long_as(reference[0], first)
+            runs += [*reference, *entries, *as_long_as(reference[1], replace(second, after=entries[-1]))]
     return list(dict.fromkeys(runs))
 
 
@@ -221,19 +220,10 @@ def scaling_runs(seeds):
 
 
 # ----------------------------------------------------------------------------------------------------
-# What a finished run is measured for: changes to the record of its last evaluation, a record for each.
-# place: the folder of its data set; name: of the results' files.
+# Further measurements of a finished run. Each function returns dicts; each dict, on top of the run's record,
+# is one record of the results. checkpoint: of the run; name: of the results' files.
 
-def longer_documents(meta, multiple, count):
-    """x, y (count, n) of new documents of a synthetic task, `multiple` times as long as those of training."""
-    n, length = multiple * meta["longest_document"], multiple * meta["options"]["length"][1]
-    rng, options = philox(0, multiple, "held out"), meta["options"] | {"length": (length, length)}
-    x, y, *_ = tasks.TASKS[meta["name"]](rng, count * n, **options)
-    x, y = (torch.from_numpy(part[:count * n]).long().view(count, n) for part in (x, y))
-    return x, y.masked_fill(y == tasks.NO_TARGET, IGNORE)
-
-
-def measure_lengths(run, checkpoint, place, name):
+def measure_lengths(run, checkpoint, name):
     """Loss and accuracy on 256 new documents of each of MULTIPLES; the encoder's as a method of its own."""
     meta, records = checkpoint["data"], []
     if run.stage in ("lstm", "transformer"):
@@ -251,20 +241,20 @@ def measure_lengths(run, checkpoint, place, name):
     return records
 
 
-def paint_pictures(run, checkpoint, place, name):
+def paint_pictures(run, checkpoint, name):
     """Samples and completions of held-out pictures by the RNN, as PNG files beside the results."""
     if run.stage in ("lstm", "transformer"):
         return [{}]
     pictures, (_, networks, initial_memory) = [], restore(checkpoint)
     for what, prompt, n in (("samples", "", 16), ("completions", "held-out", 8)):
-        config = sample.Config(data_dir=str(place), prompt=prompt, num_samples=n)
+        config = sample.Config(data_dir=checkpoint["config"]["data_dir"], prompt=prompt, num_samples=n)
         pictures.append(f"{name}-{slug(run.method)}-{run.seed}-{what}.png")
         path = tables.FOLDER / pictures[-1]
         sample.paint(networks, initial_memory, checkpoint["data"], config, path)
     return [{"pictures": pictures}]
 
 
-def measure_sizes(run, checkpoint, place, name):
+def measure_sizes(run, checkpoint, name):
     """After DMT, a record for each size of SCALING in whose panel the run is: the base is in all."""
     sizes = {size: checkpoint["model_config"][size] for size in SCALING}
     changed = {size for size in SCALING if sizes[size] != SCALING[size][0]}
@@ -283,7 +273,7 @@ class Experiment:
     runs: Callable                  # seeds -> runs, each after its needs
     metrics: tuple                  # a table each
     figure: Callable
-    measure: Callable = lambda run, checkpoint, place, name: [{}]
+    measure: Callable = lambda run, checkpoint, name: [{}]      # further measurements, see above
 
 
 BOTH, COST = ("val_rnn_accuracy", "val_rnn_loss"), ("seconds", "tokens", "sequential_flops")

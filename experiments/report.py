@@ -8,7 +8,8 @@
 First what evaluate.py prints. The baselines of train_baseline.py have a column with numbers of their own:
 
     val_last_<n>, val_last_all   nats per target if the text before the last n tokens is cut off, and if not;
-                                 the targets are those of val_held_<n>
+                                 n and the targets are those of val_held_<n> of the checkpoints beside it
+                                 (of several: of that with the longest future_len)
 
 Then, for fables, a table of facts for each checkpoint: how many generated stories come back to the fact that
 they told; and the nats of the fact, all its letters together, where held-out stories come back to it: "n
@@ -16,6 +17,7 @@ back" by the decoder from the encoder's memory of n tokens before, "rnn" by the 
 Last the figures: see figures.py.
 """
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 import data as datasets
 import evaluate
 from experiments import figures, train_baseline
-from lib.checkpoints import check_data, find_checkpoint, load, restore, write_atomically
+from lib.checkpoints import check_data, restore, write_atomically
 from lib.cli import UsageError, parse, run_main
 from model import IGNORE, ModelConfig, roll_out_without_gradients
 from runtime import choose_device
@@ -75,38 +77,31 @@ class Trained:
             return train_baseline.measure(self.baseline, x, y, rows)
         return evaluate.measure(self.networks, self.initial_memory, x, y, t, rows)
 
-    def evaluate(self, x, y, meta):
-        """The column of evaluate.py's table, with standard errors; of a baseline also val_last_<n>."""
+    def evaluate(self, x, y, meta, future_len=math.inf):
+        """The column of evaluate.py's table, with standard errors; of a baseline also val_last_<n>.
+
+        future_len: the largest of the checkpoints beside a baseline, which says what n there are.
+        """
         column = {"stage": self.checkpoint["stage"], "steps": f"{self.checkpoint['step']:,}"}
         if self.baseline is None:
             return column | evaluate.evaluate(self.networks, self.initial_memory, x, y, meta, errors=True)
-        t = figures.held_targets(y, max(evaluate.DISTANCES))
-        distances = [n for n in evaluate.DISTANCES if len(t) and 0 < n <= int(t[-1]) + 1]
-        measured = figures.measure_last(self.baseline, x, y, t, distances) if distances else {}
-        return column | train_baseline.evaluate(self.baseline, x, y, meta, errors=True) \
-            | {f"val_{name}": evaluate.ratio(*pair) for name, pair in measured.items()} \
-            | {f"val_{name}_error": evaluate.standard_error(*pair) for name, pair in measured.items()}
+        measured = train_baseline.measure(self.baseline, x, y)
+        if len(t := evaluate.targets_of(y)):
+            t, (_, *distances) = evaluate.held_targets(t, evaluate.DISTANCES, future_len)   # n > 0
+            measured |= figures.measure_last(self.baseline, x, y, t, distances)
+        return column | evaluate.numbers_of(measured, meta, errors=True)
 
 
 def load_trained(ckpt, dataset, device):
-    """The checkpoints of --ckpt, or that of the data set's most finished run: a list of Trained.
-
-    UsageError if they are not of one data set.
-    """
-    paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
-    folders = [path if path.is_dir() else path.parent for path in paths]
-    names, trained = [folder.resolve().name for folder in folders], []
-    for path, folder, name in zip(paths, folders, names):
-        checkpoint, name = load(path, device), name if names.count(name) == 1 else str(path)
+    """A list of Trained, of what evaluate.load_each finds."""
+    trained = []
+    for name, folder, checkpoint in evaluate.load_each(ckpt, dataset, device):
         if checkpoint["stage"] in train_baseline.BASELINES:
             module = train_baseline.load_baseline(checkpoint, device)
             content = module.config, torch.nn.ModuleDict(), torch.empty(0, device=device), module
         else:
             content = restore(checkpoint, device)
         trained.append(Trained(name, folder, checkpoint, *content))
-        both = [run.checkpoint["data"]["name"] for run in (trained[0], trained[-1])]
-        if both[0] != both[1]:
-            raise UsageError(f"--ckpt mixes data sets: {both[0]} and {both[1]}")
     return trained
 
 
@@ -244,9 +239,11 @@ def main():
     x, y = (part.to(device) for part in datasets.held_out(data, n, config.eval_len))
 
     print(f"{meta['name']}: {n:,} held-out documents, {int((y != IGNORE).sum()):,} targets")
-    columns = {run.name: run.evaluate(x, y, meta) for run in trained}
+    lengths = [run.config.future_len for run in trained if "encoder" in run.networks]
+    future_len = max(lengths, default=math.inf)
+    columns = {run.name: run.evaluate(x, y, meta, future_len) for run in trained}
     print(evaluate.table(columns))
-    ngrams = ngram_losses(data, x, y, config.ngrams)
+    ngrams = ngram_losses(data, x, y, config.ngrams) if config.ngrams else []
     for order, loss in enumerate(ngrams, 1):
         print(f"{f'{order}-gram loss':24}{loss:8.4f}")
     for run in trained if meta["name"] == "fables" else ():

@@ -32,6 +32,7 @@ import train_dmt
 import train_smt
 from experiments import tables, train_baseline
 from experiments.bench import device_name
+from experiments.flops import spent
 from experiments.plans import DATA, EXPERIMENTS, slug
 from lib.checkpoints import load, write_atomically
 from lib.cli import DataError, UsageError, check_fields, parse, run_main
@@ -90,7 +91,10 @@ def evaluations(run, root):
 
 
 def steps_for(amount, spent):
-    """Steps that spend an amount at the speed of a log, [(step, amount so far)], without its first line."""
+    """How many steps spend `amount` at the rate of a log `spent`, [(step, spent so far)].
+
+    The rate is that after the first line with step > 0.
+    """
     (first, at_first), (last, at_last) = next(line for line in spent if line[0] > 0), spent[-1]
     rate = (at_last - at_first) / (last - first) if last > first else at_last / last
     return max(1, round(amount / rate))
@@ -104,7 +108,8 @@ def flags_of(run, root, scale):
     if run.after:
         flags.append(f"--init_from={root / run.after.name}")
     if run.best_of:
-        best = min(run.best_of, key=lambda other: evaluations(other, root)[-1]["val_rnn_loss"])
+        grid = [other for other in run.best_of if state(other, root, scale) == "done"]
+        best = min(grid, key=lambda other: evaluations(other, root)[-1]["val_rnn_loss"])
         flags.append(f"--lr={resolve(best.stage, flags_of(best, root, scale))['lr']:g}")
     settings = resolve(run.stage, tuple(flags))
     steps = settings["max_iters"]
@@ -137,10 +142,11 @@ def state(run, root, scale):
 
 
 def finished(runs, root, scale):
-    """The runs that are done and whose needs are. Runs come after their needs."""
+    """The runs that are done and whose needs are; of best_of one is enough. Runs come after their needs."""
     done = set()
     for run in runs:
-        if run.needs <= done and state(run, root, scale) == "done":
+        grid_is_done = not run.best_of or done & {*run.best_of}
+        if run.needs <= done and grid_is_done and state(run, root, scale) == "done":
             done.add(run)
     return done
 
@@ -203,12 +209,13 @@ def execute(name, config):
     try:
         while todo or running:
             for run in list(todo):
-                if missing := run.needs & failed:
+                grid = {*run.best_of}
+                if missing := (run.needs & failed) | (grid if grid <= failed else set()):
                     names = ", ".join(sorted(other.name for other in missing))
                     say(f"{run.name}: not started, {names} failed")
                     failed.add(run)
                     todo.remove(run)
-                elif run.needs <= done and len(running) < config.jobs:
+                elif run.needs <= done and grid <= done | failed and len(running) < config.jobs:
                     todo.remove(run)
                     running[run] = launch(run, root, config.scale, config.jobs)
             time.sleep(0.1)
@@ -222,6 +229,10 @@ def execute(name, config):
                     failed.add(run)
                     continue
                 done.add(run)
+                stale = {other for other in done if run in other.best_of       # a run that failed before
+                         and state(other, root, config.scale) != "done"}
+                done -= stale
+                todo += [other for other in runs if other in stale]
                 last = evaluations(run, root)[-1]
                 say(f"{len(done)} of {len(runs)}  {run.name}: loss {last['val_rnn_loss']:.4f}, "
                     f"accuracy {last['val_rnn_accuracy']:.3f}, {last['seconds']:.0f} s")
@@ -257,7 +268,7 @@ def report(name, config, done):
 
 
 def records_of(run, root, scale, done, experiment):
-    """The records of a run, as in tables.py. measured.json keeps what a finished run was measured for."""
+    """The records of a run, as in tables.py. measured.json caches what experiment.measure returned."""
     record = {key: getattr(run, key) for key in ("case", "method", "seed", "label", "name")}
     record |= dict(panel=run.data, done=done)
     options = tasks.OPTIONS.get(DATA[run.data][0], {}) | DATA[run.data][1]
@@ -271,10 +282,10 @@ def records_of(run, root, scale, done, experiment):
     if "changes" not in measured or not all((tables.FOLDER / name).exists() for name in pictures):
         tables.FOLDER.mkdir(parents=True, exist_ok=True)
         checkpoint = load(root / run.name)
-        measured = {"changes": experiment.measure(run, checkpoint, settings["data_dir"], root.name)}
+        measured = {"changes": experiment.measure(run, checkpoint, root.name)}
         if "sequential_flops" in experiment.metrics:
-            from experiments.flops import spent
-            measured["sequential_flops"] = {str(step): chain for step, _, chain in spent(root / run.name)}
+            flops = spent(root / run.name)
+            measured["sequential_flops"] = {str(step): amount for step, amount in flops.items()}
         write_atomically(kept, lambda path: path.write_text(json.dumps(measured)))
     curve = evaluations(run, root)
     for line in curve if "sequential_flops" in measured else ():

@@ -18,8 +18,8 @@ from torch import nn
 import data as datasets
 import model
 import runtime
-from evaluate import loss_and_accuracy, ratio, standard_error
-from lib.checkpoints import fields_of
+from evaluate import loss_and_accuracy, numbers_of
+from lib.checkpoints import build_with, fields_of
 from lib.cli import DataError, UsageError, check_fields, parse, run_main
 from lib.optim import learning_rate, make_optimizers, optimizer_step
 from model import IGNORE, cross_entropy
@@ -116,21 +116,13 @@ def build(config, vocab_size):
 
 
 def load_baseline(checkpoint, device="cpu"):
-    """A checkpoint's module, with its BaselineConfig as module.config. DataError if it does not fit.
-
-    Shapes are compared before anything is allocated: a config cannot ask for more memory than its weights.
-    """
+    """A checkpoint's module, with its BaselineConfig as module.config. DataError if it does not fit."""
     weights = checkpoint["model"]
     try:
         config, vocab_size = BaselineConfig(**checkpoint["model_config"]), checkpoint["data"]["vocab_size"]
         if config.layers > len(weights) or config.context_len > 2**20:
             raise ValueError("its sizes make no sense")
-        with torch.device("meta"):
-            shapes = {key: w.shape for key, w in build(config, vocab_size).state_dict().items()}
-        if shapes != {key: w.shape for key, w in weights.items()}:
-            raise ValueError("its weights have other shapes than its sizes say")
-        networks = build(config, vocab_size)
-        networks.load_state_dict(weights)
+        networks = build_with(weights, lambda: build(config, vocab_size))
     except (RuntimeError, TypeError, ValueError, UsageError) as error:
         raise DataError(f"the checkpoint does not fit a baseline: {error}") from None
     networks[config.model].config = config
@@ -161,14 +153,8 @@ def measure(module, x, y, rows=16):
 
 
 def evaluate(module, x, y, meta, rows=16, errors=False):
-    """evaluate.evaluate for a baseline: {val_<name>: number}; with `errors` also <name>_error."""
-    measured = measure(module, x, y, rows)
-    numbers = {f"val_{name}": ratio(*pair) for name, pair in measured.items()}
-    if errors:
-        numbers |= {f"val_{name}_error": standard_error(*pair) for name, pair in measured.items()}
-    if "statistics" in meta:
-        numbers["val_gap_to_floor"] = numbers["val_rnn_loss"] - meta["statistics"]["entropy_per_character"]
-    return numbers
+    """evaluate.evaluate for a baseline, on documents x, y (N, L)."""
+    return numbers_of(measure(module, x, y, rows), meta, errors)
 
 
 # ------------------------------------------------------------------------------------------------------------

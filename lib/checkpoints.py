@@ -58,9 +58,6 @@ def load(path, map_location="cpu"):
 def restore(checkpoint, device="cpu"):
     """What a checkpoint holds: its ModelConfig, its networks with their weights, and m_empty (K, d).
     DataError if it does not fit.
-
-    Shapes are compared before anything is allocated: a config cannot ask for more memory than the weights
-    have.
     """
     weights = {key: w for key, w in checkpoint["model"].items() if "." in key}
     names = dict.fromkeys(key.split(".")[0] for key in weights)
@@ -71,16 +68,25 @@ def restore(checkpoint, device="cpu"):
         if max(config.updater_layers, config.encoder_layers, config.decoder_layers) > len(weights) + 8 \
                 or max(config.context_len, config.future_len) > 2**20:
             raise ValueError("its sizes make no sense")
-        with torch.device("meta"):
-            shapes = {key: w.shape for key, w in build(config, vocab_size, names).state_dict().items()}
-        if shapes != {key: w.shape for key, w in weights.items()}:
-            raise ValueError("its weights have other shapes than its sizes say")
-        networks = build(config, vocab_size, names)
-        networks.load_state_dict(weights)
+        networks = build_with(weights, lambda: build(config, vocab_size, names))
         initial_memory = checkpoint["initial_memory"].view(config.memory_tokens, config.d_model)
     except (RuntimeError, TypeError, ValueError, UsageError) as error:
         raise DataError(f"the checkpoint does not fit this architecture: {error}") from None
     return config, networks.to(device), initial_memory.to(device)
+
+
+def build_with(weights, make):
+    """The module that make() returns, with these weights, a state_dict. ValueError if they do not fit.
+
+    Shapes are compared before anything is allocated: sizes cannot ask for more memory than the weights have.
+    """
+    with torch.device("meta"):
+        shapes = {key: w.shape for key, w in make().state_dict().items()}
+    if shapes != {key: w.shape for key, w in weights.items()}:
+        raise ValueError("its weights have other shapes than its sizes say")
+    module = make()
+    module.load_state_dict(weights)
+    return module
 
 
 def find_checkpoint(ckpt, dataset):
@@ -125,9 +131,15 @@ def load_weights(networks, checkpoint, config, path):
     networks.load_state_dict({name: weights[name] for name in here}, strict=False)
 
 
-def newer_source(checkpoint):
-    """The checkpoint that a run began with, if it has been replaced since; else None."""
+def source_of(checkpoint):
+    """The checkpoint (file or folder of a run) that a run started from; None if from fresh weights."""
     config = checkpoint["config"]
-    source = config.get("init_from") or f"runs/{config.get('dataset')}-smt" * (checkpoint["stage"] == "dmt")
-    path = Path(source) / "ckpt.pt" if Path(source).is_dir() else Path(source)
-    return path if source and path.is_file() and path.stat().st_mtime > checkpoint["time"] else None
+    source = config["init_from"] or f"runs/{config['dataset']}-smt" * (checkpoint["stage"] == "dmt")
+    return Path(source) if source else None
+
+
+def newer_source(checkpoint):
+    """The checkpoint file that a run started from, if it has been replaced since; else None."""
+    source = source_of(checkpoint)
+    path = source / "ckpt.pt" if source and source.is_dir() else source
+    return path if path and path.is_file() and path.stat().st_mtime > checkpoint["time"] else None

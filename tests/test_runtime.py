@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import runtime
 import sample
 import train_smt
 from lib import graphs, optim
+from lib.checkpoints import load, newer_source, source_of
 from runtime import RunConfig, read_log
 from sources.prepare import prepare
 
@@ -144,6 +146,21 @@ def test_the_same_command_again_moves_the_old_run_and_loses_nothing(tmp_path, ar
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert runs == [files(tmp_path / name) for name in ("run.1", "run.2", "run")]
     assert str(tmp_path / "run.2") in result.out and runs[0]["ckpt.pt"] != runs[1]["ckpt.pt"]
+
+
+def test_a_run_that_starts_from_its_own_folder_knows_where_its_source_is_now(tmp_path, arguments):
+    trained(train_smt, *arguments)
+    for i, source in ((1, tmp_path / "run" / "ckpt.pt"), (2, tmp_path / "run")):
+        flags = *arguments, f"--init_from={source}", "--eval_interval=2"
+        trained(train_smt, *flags)
+        for steps in (4, 5):
+            trained(train_smt, *flags, "--resume", f"--max_iters={steps}")      # the same command goes on
+        checkpoint = load(tmp_path / "run")
+        moved = Path(f"{tmp_path / 'run'}.{i}") / source.relative_to(tmp_path / "run")
+        assert source_of(checkpoint) == moved and newer_source(checkpoint) is None
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"] == str(moved)
+    os.utime(moved / "ckpt.pt", (2 * time.time(),) * 2)
+    assert newer_source(checkpoint) == moved / "ckpt.pt"
 
 
 def test_resume_auto_goes_on_if_there_is_a_run_and_begins_one_if_not(tmp_path, arguments):

@@ -1,4 +1,6 @@
 """The benchmark, on tiny sizes: the lines are there, and the numbers are those of the stages."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import call, refused, trained
@@ -7,7 +9,7 @@ import data as datasets
 import model
 import runtime
 import train_smt
-from experiments import bench, flops
+from experiments import bench
 from lib.optim import make_optimizers, optimizer_step
 
 RNN = dict(d_model=8, n_heads=2, memory_tokens=2, updater_layers=1, decoder_layers=1)
@@ -79,12 +81,30 @@ def test_a_step_is_the_loss_of_the_stage_and_an_optimiser_step(data_dir, monkeyp
         torch.testing.assert_close(own, reference, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stage", ["smt", "bptt", "transformer"])
-def test_flops_of_a_step_are_those_that_flops_counts(stage, data_dir):
-    data, config = datasets.load("retrieval", data_dir), config_of(stage, batch_size=4)
-    run = runtime.Run(config, stage, torch.device("cpu"), 0, 1, data_dir, False, False)
-    step, _ = bench.training(stage, config, config_of("smt"), data, run)
-    assert bench.count(step, run.device)[0] == flops.step_flops(config, data)[0]
+def test_flops_of_a_step_are_those_of_its_matrix_products_and_attention(monkeypatch):
+    """Rows that begin at the only document's start have a target at every token."""
+    V, d, K = 7, 8, 2
+    split = datasets.Split(torch.randint(V, (50,), dtype=torch.uint8), None, torch.tensor([0]))
+    data = datasets.Data({"name": "a", "kind": "text", "vocab_size": V, "first_token": 0}, split, split)
+    monkeypatch.setattr(datasets, "load", lambda *_: data)
+    monkeypatch.setattr(bench, "stage_config", lambda stage, config: config_of(
+        stage, p_start=1.0, seq_len=6, **{"updater": "mlp"} if stage == "bptt" else {}))
+    _, work = bench.prepare(bench.Config(stages="bptt,transformer,lstm"), torch.device("cpu"))
+
+    def block(n, outputs):
+        """A layer on n tokens, of which so many outputs are used: qkv; scores and mixing; out, up, down."""
+        return n * 2 * d * 3 * d + outputs * n * 2 * d * 2 + outputs * (2 * d * d + 2 * 2 * d * 4 * d)
+    updater = 2 * (K * d + d) * 4 * d + 2 * 4 * d * K * d + K * 2 * d   # two matrices, a gate for each token
+    assert work["bptt"][:2] == (3 * 6, 3 * 3 * 6 * (updater + block(K, 1) + 2 * d * V))
+    assert work["transformer"][:2] == (5 * 6, 3 * 5 * (block(6, 6) + 6 * 2 * d * V))
+    assert work["lstm"][:2] == (5 * 6, 3 * 5 * 6 * 2 * (d * 4 * 8 + 8 * 4 * 8 + 8 * V))
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 1)])
+def test_the_peak_of_a_cpu_is_in_mib_whatever_the_unit_of_the_system(platform, unit, monkeypatch):
+    monkeypatch.setattr(bench.sys, "platform", platform)
+    monkeypatch.setattr(bench.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3 * 2**20 // unit))
+    assert bench.timed(lambda i: None, 0, torch.device("cpu"))[1] == 3
 
 
 def test_bytes_are_what_operations_read_and_write():

@@ -23,8 +23,8 @@ SIZES = dict(d_model=8, n_heads=2, memory_tokens=2, encoder_layers=1, updater_la
 ALL = "encoder", "decoder", "updater", "readout"
 
 
-def checkpoint(stage, **config):
-    return {"stage": stage, "step": 4, "data": {"name": "a", "vocab_size": V}, "config": config}
+def checkpoint(stage):
+    return {"stage": stage, "step": 4, "data": {"name": "a", "vocab_size": V}, "config": {"seq_len": 9}}
 
 
 def rnn(name="a-smt", names=ALL, **sizes):
@@ -293,28 +293,32 @@ def test_state_is_one_memory_for_the_rnn_and_keys_and_values_for_the_transformer
     series = figures.cost([*rnns, baseline(), baseline("lstm")], V, 0)
     assert [line["runs"] for line in series["ms"]] == [["a"], ["bb"]]
     sizes = {line["part"]: line["y"] for line in series["bytes"]}
-    assert sizes == {"RNN": [memory] * 2, "Transformer": [2 * 2 * n * 8 * 4 for n in (3, 10)],
+    assert sizes == {"RNN": [memory] * 2, "Transformer": [2 * 2 * n * 8 * 4 for n in (3, 6)],  # its context
                      "LSTM": [2 * 6 * 4] * 2}
     assert "skipped" in figures.cost([baseline()], V, 0)
 
 
-def test_a_run_goes_on_where_the_run_it_started_from_ended(tmp_path, monkeypatch):
+def test_a_run_goes_on_where_the_run_it_started_from_ended(tmp_path, monkeypatch, capsys):
     run = rnn("a-dmt")
     run.folder = tmp_path
     numbers = [dict(step=n, tokens=10 * n, seconds=n / 8, val_rnn_loss=1 + n) for n in (0, 3, 6)]
     lines = [*numbers, {"step": 1, "train_loss": 3}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 9')
     source = (Path("a-smt"), {"spent": {"tokens": 500, "seconds": 2.0}}), (tmp_path, run.checkpoint)
-    monkeypatch.setattr(figures, "spent", lambda *_: [(0, 0, 70), (1, 0, 80), (3, 0, 100), (6, 0, 130)])
+    monkeypatch.setattr(figures, "spent", lambda folder: {0: 70, 1: 80, 3: 100, 6: 130})
     monkeypatch.setattr(figures, "lineage", lambda folder: list(source))
-    series = figures.compute([run], None)
+    series = figures.compute([run])
     assert {key: (lines[0]["x"], lines[0]["y"]) for key, lines in series.items()} == {      # step 6: after it
         "tokens": ([500, 530], [1, 4]), "sequential_flops": ([70, 100], [1, 4]),
         "seconds": ([2, 2.375], [1, 4])}
     monkeypatch.setattr(figures, "lineage", lambda folder: [source[1]])
-    assert figures.compute([run], None)["tokens"][0]["x"] == [30]       # a log axis has no 0
+    assert figures.compute([run])["tokens"][0]["x"] == [30]       # a log axis has no 0
     monkeypatch.undo()
-    assert "skipped" in figures.compute([run], None)                    # there is no checkpoint
+    for missing in ("checkpoint ", "evaluation in "):
+        assert "skipped" in figures.compute([run])
+        (reason,) = capsys.readouterr().err.splitlines()
+        assert reason.startswith(f"compute.png: without a-dmt, there is no {missing}{tmp_path}")
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def test_held_reads_the_same_targets_at_growing_distances():

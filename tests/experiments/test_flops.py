@@ -1,121 +1,108 @@
-"""FLOPs of a step against counts by hand, on sizes small enough to count."""
-import json
+"""Sequential FLOPs of a step against counts by hand, on sizes small enough to count."""
+import shutil
 
 import pytest
 import torch
 from conftest import PAIRS, QUICK, SIZES, trained
 
+import runtime
 import train_bptt
 import train_dmt
 import train_smt
-from data import Data, Split
 from experiments import flops, train_baseline
-from experiments.flops import lineage, spent, step_flops
+from experiments.flops import chain, lineage, spent, step_chain
 from lib.checkpoints import load
+from lib.cli import DataError
 from model import ModelConfig, build
 
-V, T, B, d, K = 7, 6, 3, 8, 2
+V, T, d, K = 7, 6, 8, 2
 RNN = dict(updater="mlp", d_model=d, n_heads=2, memory_tokens=K, updater_layers=1, decoder_layers=1)
-ROWS = dict(batch_size=B, seq_len=T, p_start=1.0)
-UPDATER = 2 * (K * d + d) * 4 * d + 2 * 4 * d * K * d       # FLOPs of a memory: its two matrices ..
-GATE = 2 * d                                                # .. and of a memory token: the gate
-HEAD = 2 * d * V
+TEXT = {"name": "a", "kind": "text", "vocab_size": V}
+UPDATER = 2 * (K * d + d) * 4 * d + 2 * 4 * d * K * d + 2 * d       # the two matrices of the MLP, the gate
+HEAD, LAYER = 2 * d * V, 2 * 12 * d * d                             # a layer: qkv 3, out 1, up 4, down 4
+READOUT = DECODER = LAYER + HEAD
 
 
-def text():
-    """Rows that begin at the only document's start have a target at every token."""
-    split = Split(torch.randint(V, (50,), dtype=torch.uint8), None, torch.tensor([0]))
-    return Data({"name": "a", "kind": "text", "vocab_size": V, "first_token": 0}, split, split)
+def checkpoint(stage, config, networks):
+    return dict(stage=stage, config=vars(config), data=TEXT, model=networks.state_dict())
 
 
-def block(n, outputs):
-    """A layer on n tokens, of which so many outputs are used: qkv; scores and mixing; out, up, down."""
-    return n * 2 * d * 3 * d + outputs * n * 2 * d * 2 + outputs * (2 * d * d + 2 * 2 * d * 4 * d)
-
-
-MATRICES = 2 * 12 * d * d           # one token's way through a layer
-READOUT = block(K, 1) + HEAD
-
-
-@pytest.mark.parametrize("truncate", [0, 2, 100])
-def test_bptt_is_t_updates_forward_and_twice_as_much_back(truncate):
-    counted, longest = step_flops(train_bptt.Config(**RNN, **ROWS, truncate=truncate), text())
-    assert counted == 3 * B * T * (UPDATER + K * GATE + READOUT)
-    back = 2 if truncate == 2 else T
-    assert longest == (T + 2 * back) * (UPDATER + GATE) + 3 * (MATRICES + HEAD)
-
-
-@pytest.mark.parametrize("layers, context_len", [(1, T), (2, 3)])
-def test_the_transformer_is_its_layers_and_its_head(layers, context_len):
-    config = train_baseline.Config(**ROWS, d_model=d, n_heads=2, layers=layers, context_len=context_len)
-    counted, longest = step_flops(config, text())
-    assert counted == 3 * B * (layers * block(T, T) + T * HEAD)
-    assert longest == 3 * (layers * MATRICES + HEAD)
-
-
-def test_the_lstm_is_counted_and_only_its_state_is_sequential():
-    H = 5
-    inputs, state, head = 2 * d * 4 * H, 2 * H * 4 * H, 2 * H * V
-    config = train_baseline.Config(**ROWS, model="lstm", d_model=d, hidden=H)
-    counted, longest = step_flops(config, text())
-    assert counted == B * (3 * T * (inputs + state + head) - state)     # the first state has no gradient
-    assert longest == 3 * (inputs + T * state + head)
-
-
-def smt(**flags):
-    sizes = dict(encoder="window", encoder_layers=1, context_len=4, future_len=1, positions=2)
-    return train_smt.Config(**RNN | sizes | ROWS | flags)
-
-
-def test_smt_encodes_2s_contexts_and_does_everything_else_at_s_positions():
-    S, n = 2, 4 + K
-    encoder, decoder = 2 * S * block(n, K), S * READOUT         # future_len 1: of the memory alone
-    uniformity = 2 * (B * S * K) ** 2 * d                       # of the whole batch
-    counted, longest = step_flops(smt(), text())
-    assert counted == 3 * (B * (encoder + decoder + S * (UPDATER + K * GATE + READOUT)) + uniformity)
-    assert longest == 3 * (MATRICES + max(MATRICES + HEAD, UPDATER + GATE))
-
-
-def test_smts_trunk_is_a_language_model():
-    config = smt(encoder="causal", trunk_iters=1, context_len=T)
-    counted, longest = step_flops(config, text(), trunk=True)
-    assert counted == 3 * B * (block(T + 1, T + 1) + T * HEAD)          # PAD comes first
-    assert longest == 3 * (MATRICES + HEAD)
-    assert step_flops(config, text())[0] > counted
-
-
-def checkpoint(stage, config, **more):
-    return dict(stage=stage, config=vars(config), **more)
-
-
-@pytest.mark.parametrize("horizon, stride", [(0, 1), (3, 1), (3, 2)])
-def test_dmt_rolls_out_without_gradients_and_trains_on_labelled_steps(horizon, stride):
-    sizes = {name: value for name, value in vars(smt()).items() if name in ModelConfig.__dataclass_fields__}
-    config = train_dmt.Config(**ROWS, horizon=horizon, label_stride=stride)
-    counted, longest = step_flops(checkpoint("dmt", config, model_config=sizes), text())
-    h = horizon or T
-    n, R = T // h, h // stride
-    update = UPDATER + K * GATE
-    assert counted == B * (n * (1 + R) * block(4 + K, K) + n * h * update + 3 * n * R * (update + READOUT))
-    assert longest == h * (UPDATER + GATE) + MATRICES + 3 * max(UPDATER + GATE, MATRICES + HEAD)
-
-
-def test_rows_beyond_those_that_are_counted_cost_as_much(monkeypatch):
-    config = train_bptt.Config(**RNN, **ROWS | dict(batch_size=6))
-    whole = step_flops(config, text())
-    monkeypatch.setattr(flops, "ROWS", 2)
-    assert step_flops(config, text()) == whole
-
-
-def test_counting_changes_no_random_state():
-    data, state = text(), torch.get_rng_state()
-    step_flops(smt(), data)
-    assert torch.equal(state, torch.get_rng_state())
+def smt(encoder="window", **flags):
+    config = train_smt.Config(**RNN, encoder=encoder, encoder_layers=1, context_len=4, future_len=3,
+                              seq_len=T, **flags)
+    return checkpoint("smt", config, build(config, V))
 
 
 def test_a_chain_has_each_matrix_once_and_no_table():
-    networks = build(ModelConfig(d_model=d, n_heads=2, memory_tokens=K, conv_width=3, encoder_layers=2), V)
-    assert flops.chain(networks["encoder"]) == 2 * MATRICES + 2 * 3 * d * d
+    weights = build(ModelConfig(**RNN | dict(d_model=d), conv_width=3, encoder_layers=2), V).state_dict()
+    assert chain(weights, "encoder.") == 2 * LAYER + 2 * 3 * d * d
+    assert chain(weights, "decoder.", "readout.") == 3 * 2 * d * d + 2 * (LAYER + HEAD)
+    gru = build(ModelConfig(**RNN | dict(updater="gru")), V).state_dict()
+    assert chain(gru, "updater.") == 2 * 3 * K * d * (d + K * d)
+    transformer = build(ModelConfig(**RNN | dict(updater="transformer", updater_layers=3)), V).state_dict()
+    assert chain(transformer, "updater.") == 3 * LAYER
+
+
+def test_smt_encodes_and_does_everything_else_side_by_side():
+    assert step_chain(smt()) == 3 * (LAYER + max(DECODER, UPDATER, READOUT))
+    causal = LAYER + 2 * (K - 1) * d + 2 * d * d                        # the gates of the slots, the present
+    assert step_chain(smt("causal")) == 3 * (causal + max(DECODER, UPDATER, READOUT))
+
+
+def test_smts_trunk_is_a_language_model():
+    run = smt("causal", trunk_iters=1, conv_width=2)
+    assert step_chain(run, trunk=True) == 3 * (2 * 2 * d * d + LAYER + HEAD)
+
+
+@pytest.mark.parametrize("horizon, h", [(0, T), (3, 3), (100, T)])
+def test_dmt_rolls_out_without_gradients_and_trains_at_once(horizon, h):
+    run = smt() | {"stage": "dmt", "config": vars(train_dmt.Config(seq_len=T, horizon=horizon))}
+    assert step_chain(run) == h * UPDATER + LAYER + 3 * max(UPDATER, READOUT)
+
+
+@pytest.mark.parametrize("truncate, back", [(0, T), (2, 2), (100, T)])
+def test_bptt_is_t_updates_forward_and_twice_as_much_back(truncate, back):
+    config = train_bptt.Config(**RNN, seq_len=T, truncate=truncate)
+    networks = build(config, V, ("updater", "readout"))
+    networks.initial_memory = torch.nn.Parameter(torch.randn(K, d))
+    assert step_chain(checkpoint("bptt", config, networks)) == (T + 2 * back) * UPDATER + 3 * READOUT
+
+
+def test_rows_of_pictures_are_as_long_as_the_pictures():
+    run = smt() | {"stage": "dmt", "config": vars(train_dmt.Config(seq_len=T))}
+    run["data"] = TEXT | {"kind": "image", "longest_document": 9}
+    assert step_chain(run) == 9 * UPDATER + LAYER + 3 * max(UPDATER, READOUT)
+
+
+def test_the_transformer_is_its_layers_and_its_head():
+    config = train_baseline.Config(seq_len=T, d_model=d, n_heads=2, layers=2)
+    networks = train_baseline.build(config, V)
+    assert step_chain(checkpoint("transformer", config, networks)) == 3 * (2 * LAYER + HEAD)
+
+
+def test_only_the_state_of_the_lstm_is_sequential():
+    H = 5
+    inputs, state, head = 2 * d * 4 * H, 2 * H * 4 * H, 2 * H * V
+    config = train_baseline.Config(seq_len=T, model="lstm", d_model=d, hidden=H)
+    networks = train_baseline.build(config, V)
+    assert step_chain(checkpoint("lstm", config, networks)) == 3 * (inputs + T * state + head)
+
+
+def test_a_source_that_was_trained_anew_since_ends_the_lineage(runs, tmp_path):
+    for name in "ab":
+        shutil.copytree(runs / name, tmp_path / name)
+    later = torch.load(tmp_path / "b" / "ckpt.pt", weights_only=True)
+    later["config"]["init_from"] = str(tmp_path / "a")
+    torch.save(later, tmp_path / "b" / "ckpt.pt")
+    assert [folder.name for folder, _ in lineage(tmp_path / "b")] == ["a", "b"]
+    first = load(tmp_path / "a")
+    first["config"]["init_from"] = str(tmp_path / "b")                  # a is now a run that started from b
+    torch.save(first, tmp_path / "a" / "ckpt.pt")
+    with pytest.raises(DataError, match="trained anew"):
+        lineage(tmp_path / "b")
+    (tmp_path / "a" / "ckpt.pt").unlink()
+    with pytest.raises(DataError, match="no checkpoint"):
+        lineage(tmp_path / "b")
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +121,15 @@ def runs(data_dir, tmp_path_factory):
 
 
 def test_what_is_spent_begins_with_what_the_sources_cost(runs, monkeypatch):
-    costs = {"smt": (10, 1), "dmt": (100, 2), "bptt": (1000, 3)}
-    monkeypatch.setattr(flops, "step_flops",
-                        lambda run, data, trunk=False: (7, 5) if trunk else costs[run["stage"]])
-    assert spent(runs / "a") == [(0, 0, 0), (1, 7, 5), (2, 14, 10), (3, 24, 11), (4, 34, 12)]
-    assert spent(runs / "b")[::4] == [(0, 34, 12), (4, 434, 20)]
-    assert spent(runs / "c")[1:3] == [(1, 1434, 23), (2, 2434, 26)]
-    assert spent(runs / "d")[::4] == [(0, 34, 12), (4, 74, 16)]         # its trunk is trained already
+    with monkeypatch.context() as patch:
+        costs = {"smt": 1, "dmt": 2, "bptt": 3}
+        patch.setattr(flops, "step_chain", lambda run, trunk=False: 5 if trunk else costs[run["stage"]])
+        assert spent(runs / "a") == {0: 0, 1: 5, 2: 10, 3: 11, 4: 12}
+        assert spent(runs / "b") == {0: 12, 1: 14, 2: 16, 3: 18, 4: 20}
+        assert spent(runs / "c") == {0: 20, 1: 23, 2: 26, 3: 29, 4: 32}
+        assert spent(runs / "d") == {0: 12, 1: 13, 2: 14, 3: 15, 4: 16}         # its trunk is trained already
     assert [folder.name for folder, _ in lineage(runs / "c")] == ["a", "b", "c"]
-    log = (runs / "a" / "metrics.jsonl").read_text().splitlines()
-    assert [step for step, *_ in spent(runs / "a")] == sorted({json.loads(one)["step"] for one in log})
-
-
-def test_a_checkpoint_costs_what_its_config_does(runs):
-    data = train_smt.datasets.load("fables", load(runs / "a")["config"]["data_dir"])
-    for name, Config in (("a", train_smt.Config), ("b", train_dmt.Config), ("c", train_bptt.Config)):
-        saved = load(runs / name)
-        assert step_flops(saved, data) == step_flops(Config(**saved["config"]), data) > (0, 0)
-    total = 2 * step_flops(load(runs / "a"), data, trunk=True)[0] + 2 * step_flops(load(runs / "a"), data)[0]
-    assert spent(runs / "a")[-1][1] == total
+    log = runtime.read_log(runs / "a" / "metrics.jsonl")
+    assert list(spent(runs / "a")) == sorted({line["step"] for line in log})
+    first = load(runs / "a")
+    assert spent(runs / "a")[4] == 2 * step_chain(first, trunk=True) + 2 * step_chain(first)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import QUICK, call, randomise, refused, trained
 
+import evaluate
 from data import Data, Split
 from experiments import figures, report, train_baseline
 from experiments.report import Trained, fact_losses, facts_table, ngram_losses
@@ -84,21 +85,30 @@ def test_last_losses_are_those_of_the_text_after_the_cut(model):
                 torch.testing.assert_close(amounts[row, i].double(), loss, rtol=1e-4, atol=1e-5)
 
 
-def test_a_baselines_column_has_the_targets_of_held_losses():
-    """The 64 tokens before the last 16 targets: where evaluate.measure asks for val_held_64."""
-    run, x, y = baseline(), torch.randint(V, (4, 90)), torch.randint(V, (4, 90))
-    column = run.evaluate(x, y, META)
-    t = figures.held_targets(y, 64)
-    assert len(t) == 16 and t[0] >= 63 and t[-1] == 89
-    expected = figures.measure_last(run.baseline, x, y, t, (16, 64))
-    for name in ("last_16", "last_64", "last_all"):
-        assert column[f"val_{name}"] == report.evaluate.ratio(*expected[name])
-        assert column[f"val_{name}_error"] == report.evaluate.standard_error(*expected[name])
+@pytest.mark.parametrize("length, future_len, distances", [(90, math.inf, [16, 64]), (90, 64, [16]),
+                                                           (40, 65, [16]), (90, 3, []), (9, 65, [])])
+def test_a_baselines_column_has_the_targets_of_the_held_losses_beside_it(length, future_len, distances,
+                                                                         monkeypatch):
+    run, x, y = baseline(), torch.randint(V, (4, length)), torch.randint(V, (4, length))
+    column, asked = run.evaluate(x, y, META, future_len), []
+    config = ModelConfig(d_model=8, n_heads=2, memory_tokens=2, future_len=min(future_len, 100))
+    monkeypatch.setattr(evaluate, "measure_held", lambda networks, x, y, t, distances: asked.append(
+        (t, distances)) or evaluate.loss_of("held", torch.zeros(*y[:, t].shape, V), y[:, t]))
+    evaluate.evaluate(build(config, V), torch.zeros(2, 8), x, y, META)
+    ((t, held),) = asked
+    assert held == [0, *distances] and t[-1] == length - 1 and t[0] >= held[-1] - 1
+    expected = figures.measure_last(run.baseline, x, y, t, distances)
+    for name in expected:
+        assert column[f"val_{name}"] == evaluate.ratio(*expected[name])
+        assert column[f"val_{name}_error"] == evaluate.standard_error(*expected[name])
     plain = train_baseline.evaluate(run.baseline, x, y, META, errors=True)
-    own = {f"val_last_{n}{error}" for n in (16, 64, "all") for error in ("", "_error")}
+    own = {f"val_last_{n}{error}" for n in (*distances, "all") for error in ("", "_error")}
     assert column.keys() == {"stage", "steps", *plain, *own}
-    short = run.evaluate(x[:, :20], torch.full((4, 20), IGNORE), META)
-    assert not any("last" in name for name in short)
+
+
+def test_a_baseline_without_targets_has_no_last_losses():
+    column = baseline().evaluate(torch.randint(V, (4, 20)), torch.full((4, 20), IGNORE), META)
+    assert not any("last" in name for name in column)
 
 
 def test_stories_of_a_baseline_are_drawn_token_by_token_from_the_whole_story(monkeypatch):
@@ -221,7 +231,8 @@ def test_numbers_ngrams_and_facts_of_rnn_and_baselines_stand_side_by_side(data_d
     assert rows["fables-smt"] == ["fables-transformer", "fables-lstm"]
     assert rows["stage"] == ["smt", "transformer", "lstm"] and rows["steps"] == ["4"] * 3
     assert len(rows["val_rnn_loss"]) == 9 and rows["val_teacher_loss"][3:] == ["-", "-"]
-    assert rows["val_last_16"][0] == "-" and len(rows["val_last_16"]) == 7 and "val_held_0" in rows
+    assert rows["val_last_all"][0] == "-" and len(rows["val_last_all"]) == 7 and "val_held_0" in rows
+    assert "val_last_16" not in rows                        # the decoder beside them predicts three tokens
     assert rows["1-gram"][0] == rows["2-gram"][0] == "loss" and "val_gap_to_floor" in rows
     assert result.out.count("in 3 generated stories") == 3
     assert "0 back" in result.out.split("\n\n")[1] and "0 back" not in result.out.split("\n\n")[2]
@@ -229,6 +240,7 @@ def test_numbers_ngrams_and_facts_of_rnn_and_baselines_stand_side_by_side(data_d
 
 def test_checkpoints_stand_side_by_side_and_in_the_json_file(data_dir, smt_run, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "measure_all", lambda *_: {"drift": {"skipped": "for speed"}})
+    monkeypatch.setattr(report, "ngram_losses", None)               # unless --ngrams asks for them
     shutil.copytree(smt_run("retrieval"), tmp_path / "other")
     flags = f"--data_dir={data_dir}", "--eval_docs=10000", "--device=cpu", f"--json={tmp_path / 'a.json'}"
     result = trained(report, f"--ckpt={smt_run('retrieval')},{tmp_path / 'other'}", *flags)

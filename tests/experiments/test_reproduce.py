@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_every_flag_of_every_planned_run_is_accepted_by_its_script(name, monkeyp
     runs, known = EXPERIMENTS[name].runs([1, 2]), set()
     assert len({run.name for run in runs}) == len(set(runs)) == len(runs)
     for run in runs:
-        assert run.needs <= known, f"{run.name} comes before what it needs"
+        assert run.needs | {*run.best_of} <= known, f"{run.name} comes before what it needs"
         known.add(run)
         assert not run.equal or run.to and run.probe
         flags = *reproduce.STAGES[run.stage][1], f"--dataset={DATA[run.data][0]}", "--preset=tiny"
@@ -208,6 +209,36 @@ def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatc
     assert (place / "results" / "bad.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_baseline_takes_the_best_of_the_rates_that_did_not_fail(place, monkeypatch, commands):
+    def runs(seeds):
+        baseline = {"lstm": BASELINES["lstm"]}
+        return compare("tiny", seeds, SMT, DMT, baseline, rates=(1e-9, 0.02))
+    add(monkeypatch, "grid", runs, seeds=2)
+    good, broken = train_baseline.main, {"lr=1e-09", "lr=0.02"}
+
+    def main():
+        if any(f"-{name}-" in argument for name in broken for argument in sys.argv):
+            raise lib.cli.DataError("the loss became nan before step 2; the last checkpoint stays")
+        good()
+    monkeypatch.setattr(train_baseline, "main", main)
+    result = call(reproduce, "grid")
+    refused(result, 1, "3 runs failed")
+    assert "tiny-lstm-same-seconds-1338: not started, tiny-lstm-same-seconds-lr=0.02-1337, " in result.out
+
+    broken.remove("lr=1e-09")
+    refused(call(reproduce, "grid"), 1, "1 runs failed")
+    assert folders(commands)[-1] == "tiny-lstm-same-seconds-1338" and float(flag(commands[-1], "lr")) == 1e-9
+    before = len(commands)
+    refused(call(reproduce, "grid"), 1, "1 runs failed")                # tries the failed one alone again
+    assert folders(commands[before:]) == ["tiny-lstm-same-seconds-lr=0.02-1337"]
+    assert "runs: 7 of 8 done" in (place / "results" / "grid.md").read_text()
+
+    broken.clear()                                                      # and this rate is the better one
+    assert call(reproduce, "grid").status == 0
+    assert folders(commands)[-1] == "tiny-lstm-same-seconds-1338" and float(flag(commands[-1], "lr")) == 0.02
+    assert "runs: 8 of 8 done" in (place / "results" / "grid.md").read_text()
+
+
 def test_jobs_bounds_how_many_run_at_a_time_and_several_have_one_thread_each(place, monkeypatch):
     add(monkeypatch, "three", lambda seeds: [compare("tiny", [seed], SMT)[0] for seed in (1, 2, 3)])
     environments, alive, most = [], set(), []
@@ -299,33 +330,31 @@ def test_steps_of_a_baseline_spend_the_seconds_and_tokens_of_both_stages(place):
 
 def test_what_is_measured_of_checkpoints(place, data_dir, smt_run, monkeypatch):
     checkpoint, run = load(smt_run("retrieval")), Run("tiny", "SMT", 1, "tiny", "smt")
-    longer = plans.measure_lengths(run, checkpoint, data_dir, "x")
+    longer = plans.measure_lengths(run, checkpoint, "x")
     assert [(r["value"], r.get("method", "SMT")) for r in longer] == \
         [(k, method) for k in (1, 2, 4, 8) for method in ("SMT", "Encoder-decoder")]
     assert all(0 <= r["val_rnn_accuracy"] <= 1 and r["val_rnn_loss"] > 0 for r in longer)
     assert longer[0]["val_rnn_loss"] != longer[2]["val_rnn_loss"]
-    x, y = plans.longer_documents(checkpoint["data"], 4, 10)
-    assert x.shape == y.shape == (10, 32) and ((y >= 0).sum(1) == 1).all() and (y[:, -1] >= 0).all()
     trained(train_baseline, *BASELINES["lstm"].split(), "--model=lstm", "--dataset=retrieval",
             f"--data_dir={data_dir}", f"--out_dir={place / 'lstm'}")
-    assert len(plans.measure_lengths(replace(run, stage="lstm"), load(place / "lstm"), data_dir, "x")) == 4
+    assert len(plans.measure_lengths(replace(run, stage="lstm"), load(place / "lstm"), "x")) == 4
 
     monkeypatch.setattr(plans, "SCALING", {"memory_tokens": (2, 1), "d_model": (16, 8)})
-    sized = [[r["case"] for r in plans.measure_sizes(replace(run, stage=stage), checkpoint, data_dir, "x")]
+    sized = [[r["case"] for r in plans.measure_sizes(replace(run, stage=stage), checkpoint, "x")]
              for stage in ("smt", "dmt")]
     assert sized == [[], ["d_model 8"]]
 
 
-def test_pictures_are_painted_again_if_they_are_gone(place, data_dir, smt_run, monkeypatch, commands):
+def test_pictures_are_painted_again_if_they_are_gone(place, smt_run, monkeypatch, commands):
     tables.FOLDER.mkdir()
     run = Run("mnist", "SMT+DMT", 1, "mnist", "dmt")
     with contextlib.redirect_stdout(io.StringIO()):
-        painted, = plans.paint_pictures(run, load(smt_run("mnist")), data_dir, "x")
+        painted, = plans.paint_pictures(run, load(smt_run("mnist")), "x")
     assert len(painted["pictures"]) == 2
     assert {path.name for path in tables.FOLDER.iterdir()} == set(painted["pictures"])
     times = []
 
-    def paint(run, checkpoint, place, name):
+    def paint(run, checkpoint, name):
         times.append(run.name)
         (tables.FOLDER / "picture.png").write_text("a picture")
         return [{"pictures": ["picture.png"]}]
