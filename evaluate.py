@@ -72,11 +72,8 @@ def targets_of(y, most=POSITIONS):
 
 
 def held_targets(t, distances, future_len):
-    """What held_<n> is measured at: a selection of the targets' positions t (S,), and the distances n.
-
-    n: those of `distances` (0 first) that are below future_len and fit into the documents. The positions: at
-    most HELD_TARGETS, evenly spread over those with at least n tokens x_0 .. x_t for the largest n.
-    """
+    """Where held_<n> is measured: at most HELD_TARGETS of the positions t (S,), late enough for every n; and
+    the n, those of `distances` (0 first) that are below future_len and fit into the documents."""
     distances = [n for n in distances if n < future_len and n <= int(t.max()) + 1]
     return spread(t[t >= distances[-1] - 1], HELD_TARGETS), distances
 
@@ -95,23 +92,16 @@ def loss_and_accuracy(name, logits, y):
     return loss_of(f"{name}_loss", logits, y) | {f"{name}_accuracy": (right, valid)}
 
 
-def read_from(networks, memory, x, t, n):
-    """The decoder's logits (P, V) of y_t, from m_{t-n} (P, K, d) and x_{t-n+1..t}; of each row of x (P, L) at
-    its own t (P,)."""
-    since = t[:, None] + torch.arange(1 - n, 1, device=t.device)
-    return networks["decoder"](memory, x.gather(1, since))[:, -1].float()
-
-
 def measure_held(networks, x, y, t, distances, memories=None):
-    """held_<n> at positions t (S,) of x, y (N, L) for n in distances; with a trunk held_full.
+    """held_<n>, CE(D(m_{t-n}, x_{t-n+1..t}), y_t), at t (S,) of x, y (N, L); with a trunk held_full.
 
     memories: a function of t, (S,) -> (N, S, K, d); the encoder's unless given.
     """
     encoder, measured = networks["encoder"], {}
     for n in distances:
         memory = memories(t - n) if memories else encoder(x, t - n)
-        rows = x.repeat_interleave(len(t), 0)
-        logits = read_from(networks, memory.flatten(0, 1), rows, t.repeat(len(x)), n)
+        since = x[:, t[:, None] + torch.arange(1 - n, 1, device=t.device)]                      # (N, S, n)
+        logits = networks["decoder"](memory.flatten(0, 1), since.flatten(0, 1))[:, -1].float()
         measured |= loss_of(f"held_{n}", logits.view(len(x), len(t), -1), y[:, t])
     if hasattr(encoder, "trunk"):
         _, h = encoder.trunk(x)
@@ -179,10 +169,7 @@ def standard_error(amounts, weights):
 
 
 def numbers_of(measured, meta, errors=False):
-    """{val_<name>: number} of {name: (amounts, weights)}, and for fables val_gap_to_floor.
-
-    errors: also the standard error of each number, as <name>_error.
-    """
+    """{val_<name>: number} of {name: (amounts, weights)}; with `errors` also their standard errors."""
     numbers = {f"val_{name}": ratio(*pair) for name, pair in measured.items()}
     if errors:
         numbers |= {f"val_{name}_error": standard_error(*pair) for name, pair in measured.items()}
@@ -191,22 +178,16 @@ def numbers_of(measured, meta, errors=False):
     return numbers
 
 
-def evaluate(networks, initial_memory, x, y, meta, rows=16, most_positions=POSITIONS, errors=False):
-    """The numbers at the top of this file, as numbers_of gives them, on held-out documents x, y (N, L).
-
-    What needs an encoder is measured at up to most_positions positions, spread over those that have targets.
-    """
-    t = targets_of(y, most_positions)
-    return numbers_of(measure(networks, initial_memory, x, y, t, rows), meta, errors)
+def evaluate(networks, initial_memory, x, y, meta, rows=16, errors=False):
+    """The numbers at the top of this file, as numbers_of gives them, on held-out documents x, y (N, L)."""
+    return numbers_of(measure(networks, initial_memory, x, y, targets_of(y), rows), meta, errors)
 
 
 # ------------------------------------------------------------------------------------------------------------
 
 def load_each(ckpt, dataset, device):
-    """(name, folder, checkpoint) of each checkpoint of --ckpt, or of the data set's most finished run.
-
-    UsageError if the checkpoints are not of one data set.
-    """
+    """(name, folder, checkpoint) of each checkpoint of --ckpt, or of the data set's most finished run;
+    UsageError if they are not of one data set."""
     paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
     folders = [path if path.is_dir() else path.parent for path in paths]
     names, sets = [folder.resolve().name for folder in folders], []

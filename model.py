@@ -9,8 +9,7 @@ Glossary: code, the paper's symbol, meaning
     Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
     Updater         f_theta       the RNN's transition: m_t = f(m_{t-1}, x_t)
     Readout         g_theta       the RNN's output: predicts y_t from m_t
-    context_len     T_c           tokens that the window encoder reads; of the causal one, how far a
-                                  layer of the trunk looks back
+    context_len     T_c           tokens that the encoder reads (causal: how far each layer looks back)
     future_len      T_f           targets that the decoder predicts
     registers                     K learned tokens of the paper's encoder: they read the past and become m_t
     V, PAD, IGNORE                tokens are 0..V-1; PAD = V in x: no token; IGNORE = -1 in y: no target
@@ -366,10 +365,9 @@ CHUNK_ROWS = 32_768    # elsewhere: rows of a chunk, because CUDA's attention ke
 def chunks_by_length(y):
     """Split targets y (n, m) into chunks [(rows, length)].
 
-    On a CPU the rows are sorted by length, which ends with the last target, and each chunk is trimmed to its
-    longest row. Rows without a target are left out; if none has one, a single row stays, so that every weight
-    has a gradient. On other devices and under torch.compile a new shape would cost more than it saves: rows
-    stay whole.
+    On a CPU the rows are sorted by length, up to the last target, and each chunk is trimmed to its longest.
+    Rows without a target are left out; if none has one, a single row stays, so that every weight has a
+    gradient. Elsewhere, and under torch.compile, rows stay whole: a new shape costs more than it saves.
     """
     n, m = y.shape
     if y.device.type != "cpu" or torch.compiler.is_compiling():
@@ -393,12 +391,9 @@ class CausalEncoder(nn.Module):
         m_k(t)  = normalise(s_k(t)),   s_k(t) = sum_{j <= t} g_{k,j} prod_{j < i <= t} (1 - g_{k,i}) e_j
         m_K(t)  = normalise(e_t + W normalise(h_t))
 
-    with e_{-1}, h_{-1} of PAD. An open gate writes, a closed one holds:
-
-        s_k(t) = (1 - g_{k,t}) s_k(t-1) + g_{k,t} e_t
-
-    So f can follow a slot: it moves the slot towards the token. How far, and what the convolution adds to the
-    token, f has to find in m_{t-1} and x_t.
+    with e_{-1}, h_{-1} of PAD. An open gate writes, a closed one holds: s_k(t) = (1 - g_{k,t}) s_k(t-1) +
+    g_{k,t} e_t. So f can follow a slot: it moves the slot towards the token. How far, and what the
+    convolution adds to the token, f has to find in m_{t-1} and x_t.
     """
 
     def __init__(self, config, vocab_size):

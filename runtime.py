@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lib.checkpoints import check_data, load, load_weights, source_of, write_atomically
+from lib.checkpoints import check_data, load, load_weights, write_atomically
 from lib.cli import STOPS, DataError, Stopped, UsageError, check_fields
 from lib.compiler import compile_failure
 
@@ -278,19 +278,17 @@ def begin(run, data, networks, optimizers, fixed=()):
 
     --resume also restores the optimisers and what was spent, and drops the log lines that will be written
     again. UsageError where a size of the networks or one of the flags `fixed` has changed. Another run in the
-    same folder is moved, not replaced; where it is the source of this one, init_from becomes its new path.
+    same folder is moved, not replaced.
     """
     config, step, lines, flags = run.config, 0, [], dataclasses.asdict(run.config)
-    log, out_dir = run.out_dir / "metrics.jsonl", run.out_dir.resolve()
-    source = source_of({"stage": run.stage, "config": flags})
-    own_source = source is not None and (source := source.resolve()).is_relative_to(out_dir)
+    log = run.out_dir / "metrics.jsonl"
+    if config.init_from and Path(config.init_from).resolve().is_relative_to(run.out_dir.resolve()):
+        raise UsageError(f"--init_from={config.init_from} is where this run writes: choose another --out_dir")
     if run.resume:
         lock_folder(run)
         checkpoint = load(run.checkpoint_path, run.device)
         step, run.spent = checkpoint["step"], checkpoint["spent"]
         was = checkpoint["config"]
-        if own_source:                                  # what was in this folder then; it has been moved
-            flags["init_from"] = was["init_from"]
         changed = {name: f"--{name}={value}, was {was.get(name)}" for name, value in flags.items()
                    if name != "resume" and was.get(name) != value}
         for name in changed.keys() & {*fixed, *checkpoint["model_config"]}:
@@ -321,10 +319,7 @@ def begin(run, data, networks, optimizers, fixed=()):
             moved = next(path for i in range(1, 10**6) if not (path := Path(f"{run.out_dir}.{i}")).exists())
             run.out_dir.rename(moved)
             run.print(f"the run that was in {run.out_dir} is now in {moved}")
-            if own_source:
-                flags["init_from"] = str(moved / source.relative_to(out_dir))
         lock_folder(run)
-    run.config = dataclasses.replace(config, init_from=flags["init_from"])
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.named_children()}
     run.print("parameters: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     if run.is_main:

@@ -107,22 +107,23 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
     x, y (N, R). Each term is a sum over these roll-outs divided by the counts (2,) of the global batch, to be
     summed over micro-batches. Returns L_dmt, and the terms to log.
     """
-    transitions, targets = counts.clamp(min=1)
+    n_transitions, n_targets = counts.clamp(min=1)
     predicted = networks["updater"](before.flatten(0, 1), x.flatten()).view_as(labels)      # m_hat_t
-    L_dyn = squared_error(predicted, labels, x != networks["updater"].pad) / transitions
-    L_read = readout_loss(networks, predicted.detach(), y) / targets
+    L_dyn = squared_error(predicted, labels, x != networks["updater"].pad) / n_transitions
+    L_read = readout_loss(networks, predicted.detach(), y) / n_targets
     loss = config.lambda_dyn * L_dyn + L_read
     return loss, {"train_loss": loss, "loss_dyn": L_dyn, "loss_read": L_read}
 
 
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
+    config = replace(config, init_from=config.init_from or f"runs/{config.dataset}-smt")
     run = runtime.start(config, "dmt")
     ensure(config.dataset, config.data_dir)
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     val_x, val_y = datasets.held_out(data, config.eval_docs)
 
-    source_path = run.checkpoint_path if run.resume else config.init_from or f"runs/{config.dataset}-smt"
+    source_path = run.checkpoint_path if run.resume else config.init_from
     source = load(source_path, run.device)
     check_data(source, data, source_path, warn=run.print)
     model_config, networks, initial_memory = restore(source, run.device)

@@ -9,7 +9,6 @@ Writes runs/<dataset>-smt; train_dmt.py goes on from there.
 """
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,16 +73,9 @@ PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens
 # ------------------------------------------------------------------------------------------------------------
 # The objective
 
-class Counts(NamedTuple):
-    """The denominators of the means: what the global batch holds."""
-    futures: torch.Tensor           # targets that the decoder predicts
-    transitions: torch.Tensor       # tokens that f reads
-    readouts: torch.Tensor          # targets that the readout predicts
-    targets: torch.Tensor           # targets that the trunk predicts
-
-
 def count_terms(x, y, t, config, pad):
-    """The Counts of rows x, y (B, T) at positions t (S,), stacked: (4,)."""
+    """What the losses of rows x, y (B, T) at positions t (S,) are means of: how many targets the decoder
+    predicts, tokens f reads, targets the readout predicts, targets the trunk predicts. (4,)"""
     future_y = futures(x, y, t, config.future_len, pad)[1]
     valid = future_y != IGNORE, x[:, t] != pad, y[:, t] != IGNORE, y != IGNORE
     return torch.stack([v.sum() for v in valid])
@@ -101,22 +93,23 @@ def smt_loss(networks, x, y, t, counts, config):
     With the causal encoder plus L_trunk, ours. Each term is a sum over these rows divided by the counts (4,)
     of the global batch (L_unif: a mean), to be summed over micro-batches. Returns the loss, the terms to log.
     """
-    encoder, updater, counts = networks["encoder"], networks["updater"], Counts(*counts.clamp(min=1))
+    encoder, updater = networks["encoder"], networks["updater"]
+    n_futures, n_transitions, n_readouts, n_targets = counts.clamp(min=1)
     causal, both = config.encoder == "causal", torch.cat([t - 1, t])
     trunk = encoder.trunk(x) if causal else None
     memories = encoder(x, both, trunk) if causal else encoder(x, both)          # (B, 2 S, K, d)
     before, after = memories.split(len(t), dim=1)                               # m_{t-1}, m_t
     predicted = updater(before.flatten(0, 1), x[:, t].flatten()).view_as(after)
 
-    L_dec = decoder_loss(networks, after, x, y, t, config.future_len) / counts.futures
-    L_dyn = squared_error(predicted, after, x[:, t] != encoder.pad) / counts.transitions
+    L_dec = decoder_loss(networks, after, x, y, t, config.future_len) / n_futures
+    L_dyn = squared_error(predicted, after, x[:, t] != encoder.pad) / n_transitions
     L_unif = uniformity(after.flatten(0, 1)) * len(x) / config.batch_size
-    L_read = readout_loss(networks, after.detach(), y[:, t]) / counts.readouts
+    L_read = readout_loss(networks, after.detach(), y[:, t]) / n_readouts
     loss = L_dec + config.lambda_dyn * L_dyn + config.lambda_unif * L_unif + L_read
     losses = {"loss_dec": L_dec, "loss_dyn": L_dyn, "loss_unif": L_unif, "loss_read": L_read}
 
     if causal:
-        L_trunk = losses["loss_trunk"] = trunk_loss(networks, trunk, y, counts)
+        L_trunk = losses["loss_trunk"] = trunk_loss(networks, trunk, y, n_targets)
         loss = loss + L_trunk
     return loss, {"train_loss": loss, **losses}
 
@@ -133,17 +126,18 @@ def uniformity(memories):
         return similarity.flatten().logsumexp(0) - math.log(n * (n - 1))
 
 
-def trunk_loss(networks, trunk, y, counts):
+def trunk_loss(networks, trunk, y, n_targets):
     """L_trunk = CE(D.predict(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
 
     Recall comes sooner from a text than through a memory. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
     """
-    return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / counts.targets
+    return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / n_targets
 
 
 def trunk_alone(networks, x, y, t, counts, config):
     """The objective of the first trunk_iters steps (ours): L_trunk. Arguments, returns: as smt_loss."""
-    loss = trunk_loss(networks, networks["encoder"].trunk(x), y, Counts(*counts.clamp(min=1)))
+    *_, n_targets = counts.clamp(min=1)
+    loss = trunk_loss(networks, networks["encoder"].trunk(x), y, n_targets)
     return loss, {"train_loss": loss, "loss_trunk": loss}
 
 

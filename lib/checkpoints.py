@@ -133,8 +133,7 @@ def load_weights(networks, checkpoint, config, path):
 
 def source_of(checkpoint):
     """The checkpoint (file or folder of a run) that a run started from; None if from fresh weights."""
-    config = checkpoint["config"]
-    source = config["init_from"] or f"runs/{config['dataset']}-smt" * (checkpoint["stage"] == "dmt")
+    source = checkpoint["config"]["init_from"]
     return Path(source) if source else None
 
 

@@ -148,19 +148,23 @@ def test_the_same_command_again_moves_the_old_run_and_loses_nothing(tmp_path, ar
     assert str(tmp_path / "run.2") in result.out and runs[0]["ckpt.pt"] != runs[1]["ckpt.pt"]
 
 
-def test_a_run_that_starts_from_its_own_folder_knows_where_its_source_is_now(tmp_path, arguments):
+@pytest.mark.parametrize("source", ["run", "run/ckpt.pt", "run/../run"])
+def test_a_run_does_not_start_from_the_folder_that_it_writes_to(tmp_path, arguments, source):
+    """The folder would be moved, and then not be what the new run's config names."""
     trained(train_smt, *arguments)
-    for i, source in ((1, tmp_path / "run" / "ckpt.pt"), (2, tmp_path / "run")):
-        flags = *arguments, f"--init_from={source}", "--eval_interval=2"
-        trained(train_smt, *flags)
-        for steps in (4, 5):
-            trained(train_smt, *flags, "--resume", f"--max_iters={steps}")      # the same command goes on
-        checkpoint = load(tmp_path / "run")
-        moved = Path(f"{tmp_path / 'run'}.{i}") / source.relative_to(tmp_path / "run")
-        assert source_of(checkpoint) == moved and newer_source(checkpoint) is None
-        assert json.loads((tmp_path / "run" / "config.json").read_text())["init_from"] == str(moved)
-    os.utime(moved / "ckpt.pt", (2 * time.time(),) * 2)
-    assert newer_source(checkpoint) == moved / "ckpt.pt"
+    before = files(tmp_path / "run")
+    refused(call(train_smt, *arguments, f"--init_from={tmp_path / source}"), 2, "--out_dir")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and files(tmp_path / "run") == before
+
+
+def test_a_source_that_was_trained_anew_is_found_out(tmp_path, arguments):
+    trained(train_smt, *arguments)
+    (tmp_path / "run").rename(tmp_path / "source")
+    trained(train_smt, *arguments, f"--init_from={tmp_path / 'source'}")
+    checkpoint = load(tmp_path / "run")
+    assert source_of(checkpoint) == tmp_path / "source" and newer_source(checkpoint) is None
+    os.utime(tmp_path / "source" / "ckpt.pt", (2 * time.time(),) * 2)
+    assert newer_source(checkpoint) == tmp_path / "source" / "ckpt.pt"
 
 
 def test_resume_auto_goes_on_if_there_is_a_run_and_begins_one_if_not(tmp_path, arguments):

@@ -16,7 +16,7 @@ from data import Data, Split
 from lib.cli import parse
 from model import IGNORE, build, futures
 from runtime import read_log
-from train_smt import Config, Counts, count_terms, smt_loss, trunk_alone, trunk_loss, uniformity
+from train_smt import Config, count_terms, smt_loss, trunk_alone, trunk_loss, uniformity
 
 V, PAD, TF = 200, 200, 4
 
@@ -98,11 +98,11 @@ def test_terms_are_counted_as_the_losses_use_them(some, positions):
     def count(places):
         return sum(int(y[b, i] != IGNORE) for b in range(16) for i in places if i < 8)
 
-    counts = Counts(*count_terms(x, y, t, config(positions=positions), PAD).tolist())
-    assert counts.futures == count([i + j for i in t.tolist() for j in range(TF)])
-    assert counts.transitions == sum(int(x[b, i] != PAD) for b in range(16) for i in t.tolist())
-    assert counts.readouts == count(t.tolist()) and counts.targets == count(range(8))
-    assert 0 < counts.readouts < 16 * positions
+    n_futures, n_transitions, n_readouts, n_targets = count_terms(x, y, t, config(positions=positions), PAD)
+    assert n_futures == count([i + j for i in t.tolist() for j in range(TF)])
+    assert n_transitions == sum(int(x[b, i] != PAD) for b in range(16) for i in t.tolist())
+    assert n_readouts == count(t.tolist()) and n_targets == count(range(8))
+    assert 0 < n_readouts < 16 * positions
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_trunk_loss_trains_the_trunk_and_the_decoders_head_and_is_all_that_the_f
     value = smt_loss(networks, x, y, t, counts, settings)[1]["loss_trunk"]
     alone, terms = trunk_alone(networks, x, y, t, counts, settings)
     assert alone is terms["loss_trunk"] is terms["train_loss"]
-    for other in (alone, trunk_loss(networks, networks["encoder"].trunk(x), y, Counts(*counts))):
+    for other in (alone, trunk_loss(networks, networks["encoder"].trunk(x), y, counts[-1])):
         torch.testing.assert_close(other, value, rtol=0, atol=1e-12)
     alone.backward()
     trunk = "encoder.embed", "encoder.transformer", "decoder.norm", "decoder.head"
