@@ -95,8 +95,7 @@ class Run:
     stage: str                      # smt, dmt, bptt, lstm or transformer
     flags: str = ""
     after: "Run | None" = None      # run whose weights it starts from
-    equal: str = ""                 # seconds or tokens: as many as the runs `to`, at the speed of `probe`
-    to: tuple = ()
+    as_long_as: tuple = ()          # trains for as many seconds as these runs, at the speed of `probe`
     probe: "Run | None" = None
     best_of: tuple = ()             # takes the learning rate of the best of these runs, after all have ended
     tag: str = ""                   # tells runs of a case, method and seed apart
@@ -108,7 +107,7 @@ class Run:
 
     @property
     def needs(self):
-        return {run for run in (self.after, self.probe, *self.to) if run}
+        return {run for run in (self.after, self.probe, *self.as_long_as) if run}
 
     @property
     def label(self):
@@ -116,11 +115,10 @@ class Run:
         return self.case.removeprefix(f"{self.data}, ") if self.case != self.data else self.method
 
 
-def compare(data, seeds, smt="", dmt="", baselines=None, equal=("seconds",), rates=RATES, case=""):
-    """SMT, SMT then DMT, and baselines {stage: flags} that spend as much as both stages together.
+def compare(data, seeds, smt="", dmt="", baselines=None, rates=RATES, case=""):
+    """SMT, SMT then DMT, and baselines {stage: flags} that train for as many seconds as both together.
 
-    equal: what is spent: the first amount at every seed, the others at the first seed. rates: the grid of
-    learning rates, at the first seed for the first amount; () takes the preset's.
+    rates: the grid of a baseline's learning rates, at the first seed; () takes the preset's.
     """
     case, runs, grids = case or data, [], {}
     probes = {stage: Run(case, "probe", seeds[0], data, stage, f"{flags} {PROBE}", tag=stage)
@@ -130,21 +128,20 @@ def compare(data, seeds, smt="", dmt="", baselines=None, equal=("seconds",), rat
         second = Run(case, "SMT+DMT", seed, data, "dmt", dmt, after=first)
         runs += [first, second]
         for stage, probe in probes.items():
-            for amount in equal if seed == seeds[0] else equal[:1]:
-                run = Run(case, f"{NAMES[stage]}, same {amount}", seed, data, stage, baselines[stage],
-                          equal=amount, to=(first, second), probe=probe, best_of=grids.get(stage, ()))
-                entries = (run,)
-                if rates and stage not in grids:
-                    entries = grids[stage] = tuple(
-                        replace(run, flags=f"{run.flags} --lr={rate:g}", tag=f"lr={rate:g}")
-                        for rate in rates)
-                runs += entries
+            run = Run(case, NAMES[stage], seed, data, stage, baselines[stage], as_long_as=(first, second),
+                      probe=probe, best_of=grids.get(stage, ()))
+            if rates and stage not in grids:
+                grids[stage] = tuple(replace(run, flags=f"{run.flags} --lr={rate:g}", tag=f"lr={rate:g}")
+                                     for rate in rates)
+                runs += grids[stage]
+            else:
+                runs.append(run)
     return [*probes.values(), *runs]
 
 
-def against_baselines(which, equal, seeds):
+def against_baselines(which, seeds):
     """Each data set by SMT, DMT and the baselines; all data sets at one seed, then at the next."""
-    runs = [run for data, flags in which.items() for run in compare(data, seeds, *flags, BASELINES, equal)]
+    runs = [run for data, flags in which.items() for run in compare(data, seeds, *flags, BASELINES)]
     return sorted(runs, key=lambda run: run.seed)
 
 
@@ -154,7 +151,7 @@ def dagger_runs(seeds):
     for seed in seeds:
         first, second = compare("keyvalue 1", [seed], *TASKS["keyvalue 1"])
         probe = replace(first, method="probe", after=first, flags=f"{first.flags} {PROBE}")
-        more = replace(first, method="SMT+SMT", after=first, equal="seconds", to=(second,), probe=probe)
+        more = replace(first, method="SMT+SMT", after=first, as_long_as=(second,), probe=probe)
         runs += [first, second, probe, more]
     return runs
 
@@ -187,7 +184,7 @@ def encoders_runs(seeds):
         """A probe, the first seed's, and the run."""
         probe = replace(run, method="probe", tag=run.stage, flags=f"{run.flags} {PROBE}")
         probe = probes.setdefault((run.case, run.stage), probe)
-        return [probe, replace(run, equal="seconds", to=(other,), probe=probe)]
+        return [probe, replace(run, as_long_as=(other,), probe=probe)]
 
     for data, (*causal, window_smt, window_dmt) in ENCODERS.items():
         for seed in seeds:
@@ -281,15 +278,15 @@ MEMORY = ("val_teacher_loss", "val_drift", "seconds")
 EXPERIMENTS = {
     "fables": Experiment(
         "Which method tells stories best, in the same time?", 110, 3,
-        partial(against_baselines, {"fables": ("", "")}, ("seconds",)),
+        partial(against_baselines, {"fables": ("", "")}),
         ("val_rnn_loss", "val_gap_to_floor", *COST, "lr"), tables.curves(COST, ["val_rnn_loss"])),
     "tasks": Experiment(
-        "Does SMT+DMT learn what the baselines learn, in the same time, and from as many tokens?", 180, 3,
-        partial(against_baselines, TASKS, ("seconds", "tokens")),
+        "Does SMT+DMT learn what the baselines learn, in the same time?", 140, 3,
+        partial(against_baselines, TASKS),
         (*BOTH, "seconds", "tokens", "max_iters", "lr"), tables.dots("val_rnn_accuracy")),
     "harder": Experiment(
         "Which method still learns the tasks when they are harder?", 120, 1,
-        partial(against_baselines, HARDER, ("seconds",)),
+        partial(against_baselines, HARDER),
         (*BOTH, "seconds", "max_iters", "lr"), tables.dots("val_rnn_accuracy")),
     "dagger": Experiment(
         "Is it DMT that makes the RNN stand alone, or would more of SMT do?", 10, 2, dagger_runs,
@@ -308,7 +305,7 @@ EXPERIMENTS = {
         BOTH, tables.against("val_rnn_accuracy", "val_rnn_loss"), measure_lengths),
     "tinystories": Experiment(
         "Which method models text best, in the same time?", 150, 3,
-        partial(against_baselines, {"tinystories": ("", "")}, ("seconds",)),
+        partial(against_baselines, {"tinystories": ("", "")}),
         ("val_rnn_loss", *COST, "lr"), tables.curves(COST, ["val_rnn_loss"])),
     "pixels": Experiment(
         "Does it hold over 784 steps?", 30, 1, pixels_runs,

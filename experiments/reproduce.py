@@ -113,9 +113,9 @@ def flags_of(run, root, scale):
         flags.append(f"--lr={resolve(best.stage, flags_of(best, root, scale))['lr']:g}")
     settings = resolve(run.stage, tuple(flags))
     steps = settings["max_iters"]
-    if run.equal:
-        amount = sum(log_of(other, root)[-1][run.equal] for other in run.to)
-        steps = steps_for(amount, [(line["step"], line[run.equal]) for line in log_of(run.probe, root)])
+    if run.as_long_as:
+        seconds = sum(log_of(other, root)[-1]["seconds"] for other in run.as_long_as)
+        steps = steps_for(seconds, [(line["step"], line["seconds"]) for line in log_of(run.probe, root)])
     elif scale != 1:
         steps = max(min(steps, LEAST_STEPS), round(scale * steps))
         if settings.get("trunk_iters"):         # the trunk's phase keeps its share

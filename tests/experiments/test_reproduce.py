@@ -92,7 +92,7 @@ def test_every_flag_of_every_planned_run_is_accepted_by_its_script(name, monkeyp
     for run in runs:
         assert run.needs | {*run.best_of} <= known, f"{run.name} comes before what it needs"
         known.add(run)
-        assert not run.equal or run.to and run.probe
+        assert not run.as_long_as or run.to and run.probe
         flags = *reproduce.STAGES[run.stage][1], f"--dataset={DATA[run.data][0]}", "--preset=tiny"
         flags += *DATA[run.data][2].split(), *run.flags.split(), *["--init_from=a/run"] * bool(run.after)
         settings = reproduce.resolve(run.stage, flags)
@@ -127,11 +127,11 @@ def test_an_experiment_runs_end_to_end_and_a_second_call_starts_nothing(place, m
         grid = [r for r in content["records"] if r["method"].startswith(method) and "lr=" in r["name"]]
         best = min(grid, key=lambda r: r["val_rnn_loss"])
         second, = (c for c, folder in zip(commands, folders(commands))
-                   if folder == plans.slug(f"tiny {method}, same seconds 1338"))
+                   if folder == plans.slug(f"tiny {method} 1338"))
         assert len(grid) == 2 and float(flag(second, "lr")) == best["lr"]
         assert {"seconds", "tokens", "sequential_flops"} <= best["curve"][-1].keys()
     text = (place / "results" / "all.md").read_text()
-    assert "| SMT | SMT+DMT | BPTT, same seconds | " in text and "0.250 |" in text and "A note." in text
+    assert "| SMT | SMT+DMT | BPTT | " in text and "0.250 |" in text and "A note." in text
     assert call(reproduce, "all").status == 0 and len(commands) == 16
     listed = {line.split()[0]: line.split()[1:4] for line in call(reproduce).out.splitlines()[1:]}
     assert listed.keys() == EXPERIMENTS.keys() and listed["all"] == ["16", "16", "0"]
@@ -223,19 +223,19 @@ def test_a_baseline_takes_the_best_of_the_rates_that_did_not_fail(place, monkeyp
     monkeypatch.setattr(train_baseline, "main", main)
     result = call(reproduce, "grid")
     refused(result, 1, "3 runs failed")
-    assert "tiny-lstm-same-seconds-1338: not started, tiny-lstm-same-seconds-lr=0.02-1337, " in result.out
+    assert "tiny-lstm-1338: not started, tiny-lstm-lr=0.02-1337, " in result.out
 
     broken.remove("lr=1e-09")
     refused(call(reproduce, "grid"), 1, "1 runs failed")
-    assert folders(commands)[-1] == "tiny-lstm-same-seconds-1338" and float(flag(commands[-1], "lr")) == 1e-9
+    assert folders(commands)[-1] == "tiny-lstm-1338" and float(flag(commands[-1], "lr")) == 1e-9
     before = len(commands)
     refused(call(reproduce, "grid"), 1, "1 runs failed")                # tries the failed one alone again
-    assert folders(commands[before:]) == ["tiny-lstm-same-seconds-lr=0.02-1337"]
+    assert folders(commands[before:]) == ["tiny-lstm-lr=0.02-1337"]
     assert "runs: 7 of 8 done" in (place / "results" / "grid.md").read_text()
 
     broken.clear()                                                      # and this rate is the better one
     assert call(reproduce, "grid").status == 0
-    assert folders(commands)[-1] == "tiny-lstm-same-seconds-1338" and float(flag(commands[-1], "lr")) == 0.02
+    assert folders(commands)[-1] == "tiny-lstm-1338" and float(flag(commands[-1], "lr")) == 0.02
     assert "runs: 8 of 8 done" in (place / "results" / "grid.md").read_text()
 
 
@@ -314,17 +314,16 @@ def test_equal_budget_gives_the_steps_that_spend_it_at_the_probes_speed():
     assert reproduce.steps_for(100, [(0, 0), (4, 20)]) == 20
 
 
-def test_steps_of_a_baseline_spend_the_seconds_and_tokens_of_both_stages(place):
+def test_steps_of_a_baseline_spend_the_seconds_of_both_stages(place):
     first, second, root = *compare("tiny", [1], SMT, DMT), place / "runs" / "x"
     probe = Run("tiny", "probe", 1, "tiny", "bptt", BASELINES["bptt"])
-    for run, seconds, tokens in ((first, 30.0, 4000), (second, 20.0, 1000), (probe, 2.0, 500)):
+    for run, seconds in ((first, 30.0), (second, 20.0), (probe, 2.0)):
         (root / run.name).mkdir(parents=True)
-        log = [dict(step=step, seconds=seconds * step / 20, tokens=tokens * step // 20, val_rnn_loss=1.0)
+        log = [dict(step=step, seconds=seconds * step / 20, tokens=step, val_rnn_loss=1.0)
                for step in (0, 10, 20)]
         (root / run.name / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
-    for amount, steps in (("seconds", 50 * 20 / 2), ("tokens", 5000 * 20 / 500)):
-        run = replace(probe, method="BPTT", equal=amount, to=(first, second), probe=probe)
-        assert flag(reproduce.flags_of(run, root, 1), "max_iters") == str(int(steps))
+    run = replace(probe, method="BPTT", as_long_as=(first, second), probe=probe)
+    assert flag(reproduce.flags_of(run, root, 1), "max_iters") == str(50 * 20 // 2)
     assert [line["seconds"] for line in reproduce.evaluations(second, root)] == [30.0, 40.0, 50.0]
 
 
