@@ -17,8 +17,8 @@ numbers:
     val_gap_to_floor             fables: val_rnn_loss minus the entropy of the grammar
 
 rnn is measured at all targets of a document, teacher and drift at up to 64 of them, held at up to 16 late
-ones: compare each with its like alone. python -m experiments.report adds figures, n-gram models and, for
-fables, the facts that generated stories keep.
+ones: compare a number only with the same one of another checkpoint. python -m experiments.report adds
+figures, n-gram models and, for fables, the facts that generated stories keep.
 """
 import math
 import os

@@ -9,13 +9,13 @@ Glossary: code, the paper's symbol, meaning
     Decoder         D_psi         what the memory is good for: predicts y_t .. y_{t+Tf-1} from m_t
     Updater         f_theta       the RNN's transition: m_t = f(m_{t-1}, x_t)
     Readout         g_theta       the RNN's output: predicts y_t from m_t
-    context_len     T_c           tokens that the encoder reads (causal: how far each layer looks back)
-    future_len      T_f           targets that the decoder predicts
+    context_len     Tc            tokens that the encoder reads (causal: how far each layer looks back)
+    future_len      Tf            targets that the decoder predicts
     registers                     K learned tokens of the paper's encoder: they read the past and become m_t
     V, PAD, IGNORE                tokens are 0..V-1; PAD = V in x: no token; IGNORE = -1 in y: no target
 
-Only the causal encoder, the last network in this file, is ours: its trunk, its slots and its present are
-explained there. Shapes: B rows, T tokens a row, S positions, K memory tokens, d width, h heads.
+The causal encoder, the last network in this file, is ours; so are the convolution of Stem, the kind mlp of
+Updater, and the other departures that README.md lists. Shapes: B rows, T tokens a row, S positions, h heads.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -97,9 +97,9 @@ def at_least_float32(x):
 
 
 class Stem(nn.Module):
-    """Token embeddings, and a causal convolution over the last `width` of them added. x (B, n) -> (B, n, d)
+    """Token embeddings, plus a causal convolution over the last `width` of them. x (B, n) -> (B, n, d)
 
-    The first attention can then find a token by the tokens in front of it.
+    The first attention can then find a token by the tokens before it.
     """
 
     def __init__(self, n_tokens, d, width):
@@ -178,13 +178,13 @@ class Transformer(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The paper's four networks
+# The four networks
 
 class Encoder(nn.Module):
     """E_phi: a bidirectional Transformer over [the last Tc tokens of PAD.. x_0 .. x_t, K registers].
 
-    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), anew for each t. The memory depends on x_{<=t}
-    alone. PAD before the first token makes all inputs equally long, without a mask. m_empty = E([PAD] * Tc).
+    x (B, T) int64, t (S,) int64 in -1..T-1 -> (B, S, K, d), computed anew for each t, from x_{<=t} alone. PAD
+    before the first token makes all inputs equally long, without a mask. m_empty = E([PAD] * Tc).
     """
 
     def __init__(self, config, vocab_size):
@@ -204,9 +204,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. (B, K, d), x (B, Tf-1) -> logits (B, Tf, V).
+    """D_psi: a causal Transformer over [memory, x_{t+1}, ..]. (B, K, d), x (B, n) -> logits (B, n + 1, V).
 
-    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}.
+    The output at the last memory token predicts y_t, the one at x_{t+i} predicts y_{t+i}; n < Tf.
     """
 
     def __init__(self, config, vocab_size):
@@ -234,7 +234,7 @@ class Updater(nn.Module):
     transformer: bidirectional over [memory, token]; a learned scale for each channel multiplies the change
     that it proposes (LayerScale, Touvron et al. 2021). mlp: a residual MLP of 4 d hidden units on memory and
     token, flattened; a gate for each memory token multiplies the change. Both begin as the identity, because
-    most of a memory stays in a step. gru: a GRU cell whose state is the flattened memory.
+    one step changes little of a memory. gru: a GRU cell whose state is the flattened memory.
     """
 
     def __init__(self, config, vocab_size):
@@ -290,7 +290,7 @@ class Readout(nn.Module):
         return self.head(self.norm(self.transformer(memory, attend_to_past, slice(-1, None))[:, -1]))
 
     def start_from(self, decoder):
-        """Take over the decoder's layers and head: predict what it does from the memory alone (in DMT)."""
+        """Take over the decoder's layers and head: g(m) is then the decoder's first prediction (in DMT)."""
         for name in ("transformer", "norm", "head"):
             getattr(self, name).load_state_dict(getattr(decoder, name).state_dict())
 
@@ -392,8 +392,8 @@ class CausalEncoder(nn.Module):
         m_K(t)  = normalise(e_t + W normalise(h_t))
 
     with e_{-1}, h_{-1} of PAD. An open gate writes, a closed one holds: s_k(t) = (1 - g_{k,t}) s_k(t-1) +
-    g_{k,t} e_t. So f can follow a slot: it moves the slot towards the token. How far, and what the
-    convolution adds to the token, f has to find in m_{t-1} and x_t.
+    g_{k,t} e_t. So f can follow a slot: it moves m_k towards e_t. The gate, and what the convolution adds
+    to the embedding of x_t, f has to infer from m_{t-1} and x_t.
     """
 
     def __init__(self, config, vocab_size):
@@ -440,8 +440,8 @@ NETWORKS = {"encoder": lambda config, V: ENCODERS[config.encoder](config, V), "d
 def build(config, vocab_size, names=tuple(NETWORKS)):
     """The named networks of an RNNConfig (updater, readout) or ModelConfig (all) as one nn.ModuleDict.
 
-    Right after a torch.manual_seed a network gets the same weights, whichever others are asked for: so the
-    stages compare.
+    After a torch.manual_seed the weights of a network do not depend on which others are built: SMT and BPTT
+    start from the same RNN.
     """
     networks, seed = nn.ModuleDict(), torch.initial_seed()
     for i, (name, network) in enumerate(NETWORKS.items()):

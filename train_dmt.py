@@ -18,7 +18,7 @@ import torch
 import data as datasets
 import runtime
 from evaluate import evaluate
-from lib.checkpoints import check_data, load, restore
+from lib.checkpoints import load, restore
 from lib.cli import UsageError, parse, run_main
 from lib.optim import learning_rate, make_optimizers, optimizer_step
 from lib.seeds import philox
@@ -30,10 +30,10 @@ from sources.prepare import GENERATED, ensure
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Flags of train_dmt.py, on top of the shared ones."""
-    horizon: int = 0                # tokens of a roll-out, as many as fit in a row; 0: the whole row
+    horizon: int = 0                # tokens of a roll-out; a row has T // horizon of them; 0: the whole row
     label_stride: int = 1           # steps from one label of the encoder to the next
     seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
-    p_start: float = 0.5            # share of rows that begin with a document (text), of roll-outs with a row
+    p_start: float = 0.5            # share of rows that begin with a document (text), of steps rolled out from 0
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):
@@ -60,9 +60,10 @@ PRESETS["tiny/retrieval"] = PRESETS["small/retrieval"] = TASK | dict(max_iters=1
 # The three steps
 
 def choose_steps(config, step, T, h):
-    """Where in the rows the roll-outs of h tokens begin, (n,), and which of their steps get a label, (R,).
+    """The beginnings (n,) of the roll-outs of h tokens, and which steps (R,) of a roll-out get a label.
 
-    Roll-outs lie one after the other from 0 (with probability p_start) or anywhere. Pure in (seed, step).
+    Roll-outs lie one after the other, the first at 0 with probability p_start, else anywhere. A pure function
+    of (seed, step).
     """
     rng, n, stride = philox(config.seed, step, "roll-out"), T // h, min(config.label_stride, h)
     begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
@@ -73,7 +74,7 @@ def choose_steps(config, step, T, h):
 def roll_out_and_label(networks, x, begins, h, labelled):
     """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n `begins`, ask E for labels.
 
-    Each roll-out starts from the encoder's memory at its begin (m_empty at 0). labelled (R,): the steps of a
+    A roll-out starts from the encoder's memory just before it (m_empty at 0). labelled (R,): the steps of a
     roll-out, 0..h-1, that get a label. Returns, with the n roll-outs of a row side by side, the memory before
     each of these steps, m_hat_{t-1} (B n, R, K, d), and its label m_t (B n, R, K, d).
     """
@@ -92,7 +93,7 @@ def cut(x, begins, h):
 
 
 def count_terms(x, y, pad):
-    """Of labelled steps x, y (N, R): how many transitions, how many targets. (2,)"""
+    """Denominators of the losses of labelled steps x, y (N, R): how many transitions, and targets. (2,)"""
     return torch.stack([(x != pad).sum(), (y != IGNORE).sum()])
 
 
@@ -123,9 +124,7 @@ def main():
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     val_x, val_y = datasets.held_out(data, config.eval_docs)
 
-    source_path = run.checkpoint_path if run.resume else config.init_from
-    source = load(source_path, run.device)
-    check_data(source, data, source_path, warn=run.print)
+    source = load(run.checkpoint_path if run.resume else config.init_from, run.device)
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be of SMT or DMT")

@@ -74,8 +74,8 @@ PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens
 # The objective
 
 def count_terms(x, y, t, config, pad):
-    """What the losses of rows x, y (B, T) at positions t (S,) are means of: how many targets the decoder
-    predicts, tokens f reads, targets the readout predicts, targets the trunk predicts. (4,)"""
+    """Denominators of the losses of rows x, y (B, T) at t (S,): the numbers of the decoder's targets, of f's
+    transitions, of the readout's targets and of the trunk's targets. (4,)"""
     future_y = futures(x, y, t, config.future_len, pad)[1]
     valid = future_y != IGNORE, x[:, t] != pad, y[:, t] != IGNORE, y != IGNORE
     return torch.stack([v.sum() for v in valid])
@@ -90,8 +90,9 @@ def smt_loss(networks, x, y, t, counts, config):
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
-    With the causal encoder plus L_trunk, ours. Each term is a sum over these rows divided by the counts (4,)
-    of the global batch (L_unif: a mean), to be summed over micro-batches. Returns the loss, the terms to log.
+    The causal encoder adds L_trunk, ours. Each term is a sum over these rows divided by the counts (4,) of
+    the global batch, L_unif a mean times these rows' share of the batch: micro-batches are summed. Returns
+    the loss, and the terms to log.
     """
     encoder, updater = networks["encoder"], networks["updater"]
     n_futures, n_transitions, n_readouts, n_targets = counts.clamp(min=1)
@@ -135,7 +136,7 @@ def trunk_loss(networks, trunk, y, n_targets):
 
 
 def trunk_alone(networks, x, y, t, counts, config):
-    """The objective of the first trunk_iters steps (ours): L_trunk. Arguments, returns: as smt_loss."""
+    """The objective of the first trunk_iters steps (ours): L_trunk. Arguments and returns as in smt_loss."""
     *_, n_targets = counts.clamp(min=1)
     loss = trunk_loss(networks, networks["encoder"].trunk(x), y, n_targets)
     return loss, {"train_loss": loss, "loss_trunk": loss}

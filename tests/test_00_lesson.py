@@ -55,7 +55,7 @@ def test_1_the_encoder_reads_the_past_and_writes_a_memory():
 
 
 def test_2_a_memory_is_good_if_the_future_can_be_decoded_from_it():
-    """It predicts the next future_len = 2 targets: the first from m_t alone, the second with x_{t+1}, too."""
+    """The decoder predicts future_len = 2 targets: the first from m_t alone, the second with x_{t+1}, too."""
     networks = make()
     future_x, future_y = futures(x, y, t, config.future_len, PAD)
     assert future_y.tolist() == [[[A, C], [C, IGNORE]]]         # y_1 y_2 at t = 1, and y_2 y_3 at t = 2
