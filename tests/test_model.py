@@ -9,7 +9,6 @@ from reference import (
     reference_memory,
     reference_readout,
     reference_stem,
-    reference_transformer,  # noqa: F401  which tests of experiments import from here
     reference_updater,
     rms_norm,
     turned,
@@ -34,7 +33,6 @@ from model import (
     futures,
     readout_loss,
     roll_out,
-    squared_error,
 )
 
 V, T = 5, 7
@@ -93,14 +91,6 @@ def test_rotation_and_its_gradients_equal_a_loop_over_pairs_compiled_or_not(head
     turns = model.rope(torch.tensor(positions).double(), head_dim)
     for rotate in (model.rotate, torch.compile(model.rotate, backend="eager", fullgraph=True)):
         same_gradients(rotate(q, turns), expected, [q], 1e-6)       # float32 frequencies
-
-
-def test_the_slower_half_of_the_pairs_of_a_head_does_not_turn_with_the_position():
-    for head_dim, turning in ((2, 1), (4, 1), (6, 2), (16, 4)):
-        cos, sin = model.rope(torch.tensor([0, 1, 7, 3000]), head_dim)[:, :, 0, 0]
-        for half in (slice(head_dim // 2), slice(head_dim // 2, None)):
-            assert (cos[:, half][:, turning:] == 1).all() and (sin[:, half][:, turning:] == 0).all()
-            assert (sin[1:, half][:, :turning] != 0).all()
 
 
 @ENCODERS
@@ -347,29 +337,6 @@ def test_no_prediction_sees_its_target_from_the_row_to_the_logits(changes):
         assert moved[ahead >= s].min() > 1e-7
 
 
-def test_readout_and_decoder_read_every_memory_token():
-    readout, decoder = randomise(Readout(config(), V)), randomise(Decoder(config(), V))
-    memory = memories(1).requires_grad_()
-    for logits in (readout(memory), decoder(memory, tokens(1, 0))[:, 0]):
-        gradient, = torch.autograd.grad(logits.square().sum(), memory)
-        assert gradient.abs().amax(-1).min() > 1e-6
-
-
-@UPDATERS
-def test_rows_of_a_batch_never_mix(kind):
-    networks = randomise(build(config(updater=kind), V))
-    memory, x, t = memories(4), tokens(4, T), torch.arange(-1, T)
-
-    def outputs(rows):
-        return [networks["encoder"](x[rows], t), networks["decoder"](memory[rows], x[rows, :3]),
-                networks["updater"](memory[rows], x[rows, 0]), networks["readout"](memory[rows])]
-
-    together = outputs(slice(None))
-    for i in range(4):
-        for a, b in zip(outputs(slice(i, i + 1)), together):
-            torch.testing.assert_close(a[0], b[i], rtol=0, atol=1e-12)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The recurrence
 
@@ -437,20 +404,6 @@ def test_updater_begins_as_the_identity(kind, layers):
     updater = Updater(config(updater=kind, updater_layers=layers), V)
     memory = rms_norm(torch.randn(2, 3, 8))
     torch.testing.assert_close(updater(memory, tokens(2)), memory, rtol=1e-4, atol=1e-5)
-
-
-def test_a_closed_gate_keeps_its_memory_token_and_an_open_one_replaces_it():
-    updater = randomise(Updater(config(updater="mlp", updater_layers=1), V))
-    memory = rms_norm(memories(2))
-    with torch.no_grad():
-        updater.gate.weight.zero_()
-        for bias in (-50.0, 50.0):
-            updater.gate.bias.fill_(bias)
-            new = memory.flatten(1)
-            new = new + updater.layers[0](torch.cat([new, updater.embed(tokens(2))], dim=1))
-            expected = rms_norm(new.view_as(memory)) if bias > 0 else memory
-            torch.testing.assert_close(updater(memory, tokens(2)), expected, rtol=0, atol=1e-9)
-    assert changed(rms_norm(new.view_as(memory)), memory).min() > 1e-3
 
 
 def test_a_transformer_that_changes_nothing_can_still_learn_to():
@@ -527,15 +480,6 @@ def test_the_cross_entropy_of_bf16_logits_is_taken_in_float32():
     found = model.cross_entropy(logits, y)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, model.cross_entropy(logits.double(), y).float(), rtol=1e-6, atol=0)
-
-
-def test_squared_error_equals_plain_loops_over_the_valid_transitions():
-    predicted, memory = memories(4, 5).requires_grad_(), memories(4, 5).requires_grad_()
-    valid = torch.arange(20).view(4, 5) % 5 != 1
-    expected = sum((predicted[b, i, k, j] - memory[b, i, k, j]) ** 2 / 24 for b in range(4) for i in range(5)
-                   if valid[b, i] for k in range(3) for j in range(8))
-    same_gradients(squared_error(predicted, memory, valid), expected, [predicted, memory], 1e-10)
-    assert squared_error(predicted, memory, torch.zeros_like(valid)) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Preparing data sets: what becomes of files, generators and folders, and what is refused."""
 import codecs
 import gzip
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +383,23 @@ def test_a_killed_process_that_was_deleting_the_old_data_set_does_not_block_the_
         (tmp_path / ".copy.old" / "train.bin").write_bytes(b"half")
     prepare("copy", tmp_path, train_tokens=500, val_tokens=100)
     assert {path.name for path in tmp_path.iterdir()} == {"copy", ".copy.lock"}
+
+
+def test_two_that_miss_a_data_set_at_once_prepare_it_once(tmp_path, monkeypatch):
+    write, made = preparing.write_generated, []
+
+    def slowly(*some):
+        made.append(some)
+        time.sleep(0.3)
+        return write(*some)
+    monkeypatch.setattr(preparing, "write_generated", slowly)
+    small = dict(train_tokens=500, val_tokens=100, anew=False)
+    threads = [threading.Thread(target=prepare, args=("copy", tmp_path), kwargs=small) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and data.load("copy", tmp_path)
 
 
 def test_ensure_prepares_a_data_set_once(tmp_path, monkeypatch):

@@ -395,6 +395,15 @@ def test_a_signal_to_one_of_several_processes_starts_no_exchange_that_the_others
     assert calls == []
 
 
+def test_a_log_line_has_the_mean_losses_of_the_steps_since_the_last_one(tmp_path):
+    config = RunConfig(max_iters=100, eval_interval=3 * runtime.LOG_LINES)
+    run = runtime.Run(config, "smt", torch.device("cpu"), 0, 1, tmp_path, False, False)
+    for step in range(1, 8):
+        run.count({"train_loss": torch.tensor(float(step))})
+        run.log_training(step, 5, torch.ones(()), 1e-3)
+    assert [(line["step"], line["train_loss"]) for line in training_lines(tmp_path)] == [(3, 2.0), (6, 5.0)]
+
+
 def test_the_time_left_is_that_of_the_phase_whose_steps_were_timed(tmp_path, capsys):
     config = runtime.RunConfig(max_iters=100, eval_interval=1)
     run = runtime.Run(config, "smt", torch.device("cpu"), 0, 1, tmp_path, False, False)

@@ -157,6 +157,15 @@ def test_losses_and_gradients_are_sums_over_micro_batches(name, pieces):
         torch.testing.assert_close(gradient, theirs[parameter], rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_uniformity_of_a_micro_batch_counts_by_its_share_of_the_batch(rows):
+    case, (x, y) = CASES["smt"](), batch(4)
+    randomise(case.networks)
+    part = x[:rows], y[:rows]
+    found = case.loss(*part, case.count(x, y))[1]["loss_unif"]
+    torch.testing.assert_close(found, case.reference(*part)["loss_unif"] * rows / 4)
+
+
 @EACH_CASE
 def test_rows_without_targets_have_losses_of_zero_and_finite_gradients(name):
     case, (x, y) = CASES[name](), batch()
