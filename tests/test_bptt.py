@@ -9,6 +9,7 @@ from torch import nn
 import train_bptt
 import train_smt
 from model import IGNORE, RNNConfig, build
+from runtime import read_log
 from train_bptt import bptt_loss, unroll
 
 V, PAD = 4, 4
@@ -108,3 +109,6 @@ def test_an_rnn_is_fine_tuned_by_bptt_whatever_the_encoder_was(tmp_path, data_di
     trained(train_smt, *QUICK, *SIZES, *PAIRS, *where, "--encoder=causal", f"--out_dir={tmp_path / 'smt'}")
     trained(train_bptt, *QUICK, *BPTT_SIZES, *where, f"--init_from={tmp_path / 'smt'}",
             f"--out_dir={tmp_path / 'bptt'}")
+    before, after = (read_log(tmp_path / stage / "metrics.jsonl") for stage in ("smt", "bptt"))
+    assert after[0]["val_rnn_loss"] == pytest.approx(before[-1]["val_rnn_loss"], rel=1e-4)
+    assert after[-1]["val_rnn_loss"] != pytest.approx(after[0]["val_rnn_loss"], rel=1e-4)

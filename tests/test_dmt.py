@@ -1,5 +1,7 @@
 """DMT: where its roll-outs begin, what they are compared with, which steps it trains on."""
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import BPTT_SIZES, QUICK, ROLL_OUTS, call, randomise, refused, tra
 import data
 import train_bptt
 import train_dmt
+from lib.checkpoints import load, source_of
 from model import ModelConfig, build, empty_memory
 from train_dmt import Config, choose_steps, count_terms, cut, dmt_loss, roll_out_and_label
 
@@ -156,6 +159,17 @@ def test_a_run_on_text_with_rows_as_long_as_in_smt_is_resumed(tmp_path, data_dir
         assert after["step"] == steps and after["config"]["seq_len"] == 8
     more = run(tmp_path / "more", data_dir, tmp_path / "run", "--dataset=fables")
     assert more["spent"]["tokens"] == after["spent"]["tokens"] == 4 * 16 * 8
+
+
+def test_unless_told_otherwise_it_starts_from_the_smt_run_and_says_so_in_its_config(
+        tmp_path, data_dir, smt_run, monkeypatch):
+    shutil.copytree(smt_run("retrieval"), tmp_path / "runs" / "retrieval-smt")
+    monkeypatch.chdir(tmp_path)
+    where = [*QUICK, *ROLL_OUTS, "--dataset=retrieval", f"--data_dir={data_dir}"]
+    trained(train_dmt, *where)
+    assert source_of(load("runs/retrieval-dmt")) == Path("runs/retrieval-smt")
+    trained(train_dmt, *where, "--resume", "--max_iters=5")
+    refused(call(train_dmt, *where, "--out_dir=runs/retrieval-smt"), 2, "--out_dir")
 
 
 def test_labels_need_an_encoder(tmp_path, data_dir):

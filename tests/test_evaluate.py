@@ -145,6 +145,18 @@ def test_drift_is_0_for_the_encoders_own_memories_and_1_for_their_mean(drift):
     assert evaluate(networks, labels[0, 0], x, y, {})["val_drift"] == pytest.approx(drift, abs=1e-9)
 
 
+def test_no_network_gets_more_documents_at_once_than_asked_for():
+    """CUDA's attention refuses large batches, and memory would grow with the number of documents."""
+    networks, (x, y), sizes = networks_for(), documents((9,) * 7), {}
+    for name, network in networks.items():
+        network.register_forward_pre_hook(lambda _, given, name=name: sizes.setdefault(name, []).append(
+            len(given[0])))
+    evaluate(networks, empty_memory(networks["encoder"]).detach(), x, y, {}, rows=2)
+    assert sizes.keys() == networks.keys()
+    assert max(sizes["encoder"] + sizes["updater"]) == 2
+    assert max(sizes["decoder"] + sizes["readout"]) <= 2 * x.shape[1]
+
+
 def test_positions_are_spread_over_those_with_targets():
     networks, (x, y) = networks_for(), documents((9, 9))
     places = (y != IGNORE).any(0).nonzero().flatten().tolist()

@@ -290,10 +290,6 @@ def test_the_learning_rate_falls_in_the_last_share_of_the_steps_after_the_trunk_
     assert all(before > after > 0 for before, after in itertools.pairwise(rates[constant:]))
 
 
-def test_a_trunk_reads_rows_and_documents_longer_than_its_context(train):
-    train("--dataset=fables", "--seq_len=20")
-
-
 @pytest.mark.parametrize("arguments", [
     "", "--preset=small", "--dataset=copy", "--dataset=keyvalue", "--dataset=keyvalue --preset=small",
     "--dataset=tinystories --preset=tiny"])
