@@ -56,7 +56,7 @@ class RunConfig:
     grad_accum: int = 1         # micro-batches per step and process; saves memory
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    decay: float = 1.0          # share of the steps (SMT: of those after the trunk's) in which the rate falls
+    decay: float = 1.0          # last share of the steps (SMT: of those after the trunk's): the rate falls
     weight_decay: float = 0.01  # of matrices, but not of embeddings
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
