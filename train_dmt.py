@@ -71,7 +71,7 @@ def choose_steps(config, step, T, h):
 
 
 @torch.no_grad()
-def roll_out_and_label(networks, x, begins, h, labelled):
+def roll_out_and_label(encoder, updater, x, begins, h, labelled):
     """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n `begins`, ask E for labels.
 
     A roll-out starts from the encoder's memory just before it (m_empty at 0). labelled (R,): the steps of a
@@ -79,10 +79,10 @@ def roll_out_and_label(networks, x, begins, h, labelled):
     each of these steps, m_hat_{t-1} (B n, R, K, d), and its label m_t (B n, R, K, d).
     """
     t = (begins[:, None] + labelled).flatten()
-    memories = networks["encoder"](x, torch.cat([begins - 1, t]))     # the causal encoder reads the row once
+    memories = encoder(x, torch.cat([begins - 1, t]))     # the causal encoder reads the row once
     start, labels = memories.split([len(begins), len(t)], dim=1)
     start = start.flatten(0, 1)
-    after = roll_out_without_gradients(networks["updater"], start, cut(x, begins, h))
+    after = roll_out_without_gradients(updater, start, cut(x, begins, h))
     before = torch.cat([start[:, None], after], dim=1)[:, labelled]
     return before, labels.unflatten(1, (len(begins), -1)).flatten(0, 1)
 
@@ -137,8 +137,10 @@ def main():
         networks[name].requires_grad_()
     optimizers = make_optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
+    encoder, updater = networks["encoder"], networks["updater"]
     if run.compile:
-        networks["updater"].compile(dynamic=False)      # for the roll-outs
+        updater.compile(dynamic=False)                  # for the roll-outs
+        encoder = torch.compile(encoder, dynamic=False)     # for the labels, which have one shape
     first_step = runtime.begin(run, data, networks, optimizers)
     if source["stage"] == "smt":
         networks["readout"].start_from(networks["decoder"])
@@ -161,7 +163,7 @@ def main():
         collected = []                       # a part of the rows at a time, which bounds the encoder's memory
         for rows in x.chunk(config.grad_accum):
             with run.autocast():
-                collected.append(roll_out_and_label(networks, rows, begins, h, labelled))
+                collected.append(roll_out_and_label(encoder, updater, rows, begins, h, labelled))
 
         x, y = (cut(tokens, begins, h)[:, labelled] for tokens in (x, y))
         counts = run.sum(count_terms(x, y, data.pad))

@@ -152,7 +152,7 @@ def main():
 
     networks = model.build(config, data.vocab_size).to(run.device)
     optimizers = make_optimizers(networks, config)
-    module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run)
+    module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run, graphs=True)
     first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
     trunk_end = 0 if config.init_from else config.trunk_iters
 

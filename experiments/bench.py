@@ -107,9 +107,12 @@ def training(stage, config, smt_config, data, run):
         networks, loss_of = train_baseline.build(config, V), train_baseline.baseline_loss
     networks.to(run.device)
     optimizers = make_optimizers(networks, config)
-    module = runtime.distribute(networks, loss_of, run, parts)
-    if stage == "dmt" and run.compile:
-        networks["updater"].compile(dynamic=False)      # for the roll-outs
+    module = runtime.distribute(networks, loss_of, run, parts, graphs=stage == "smt")
+    if stage == "dmt":
+        encoder, updater = networks["encoder"], networks["updater"]
+        if run.compile:
+            updater.compile(dynamic=False)
+            encoder = torch.compile(encoder, dynamic=False)
 
     def step(i):
         x, y, t = datasets.sample_batch(data, config.seed, i, config.batch_size, T, positions, config.p_start)
@@ -120,7 +123,7 @@ def training(stage, config, smt_config, data, run):
             chosen = train_dmt.choose_steps(config, i, T, h)
             begins, labelled = (steps.to(run.device, non_blocking=True) for steps in chosen)
             with run.autocast():
-                before, labels = train_dmt.roll_out_and_label(networks, x, begins, h, labelled)
+                before, labels = train_dmt.roll_out_and_label(encoder, updater, x, begins, h, labelled)
             x, y = (train_dmt.cut(tokens, begins, h)[:, labelled] for tokens in (x, y))
             rows, shared = (before, labels, x, y), (train_dmt.count_terms(x, y, data.pad),)
         else:

@@ -33,7 +33,8 @@ def test_every_parameter_of_updater_and_readout_gets_a_gradient_under_autocast(u
     for name in ("encoder", "decoder"):
         networks[name].requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
-        before, labels = roll_out_and_label(networks, x, torch.tensor([0]), 7, torch.arange(7))
+        encoder, updater = networks["encoder"], networks["updater"]
+        before, labels = roll_out_and_label(encoder, updater, x, torch.tensor([0]), 7, torch.arange(7))
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = dmt_loss(networks, before, labels, x, y, count_terms(x, y, PAD), Config())
     loss.backward()
@@ -49,9 +50,9 @@ def test_every_parameter_of_updater_and_readout_gets_a_gradient_under_autocast(u
 def test_roll_outs_begin_at_the_empty_memory_at_0_and_at_the_encoders_elsewhere_side_by_side(kind):
     networks, x = networks_for(kind), torch.randint(V, (4, 7))
     begins, labelled = torch.tensor([0, 3]), torch.tensor([0, 2, 3])
-    before, labels = roll_out_and_label(networks, x, begins, 4, labelled)
-    assert before.shape == labels.shape == (8, 3, 2, 8)
     encoder, updater = networks["encoder"], networks["updater"]
+    before, labels = roll_out_and_label(encoder, updater, x, begins, 4, labelled)
+    assert before.shape == labels.shape == (8, 3, 2, 8)
     for row in range(4):
         for piece, begin in enumerate(begins.tolist()):
             n, here = 2 * row + piece, x[row:row + 1]
@@ -144,7 +145,7 @@ def test_the_loss_gets_the_tokens_and_targets_of_the_labelled_steps_of_each_roll
     monkeypatch.setattr(train_dmt, "dmt_loss", lambda *some: given.append(some[3:5]) or loss(*some))
     run(tmp_path, data_dir, smt_run(dataset), f"--dataset={dataset}", *flags)
     for (x, y, _), case, (given_x, given_y) in zip(drawn, rolled, given, strict=True):
-        begins, length, labelled = case[2:]
+        begins, length, labelled = case[3:]
         places = [(row, begin) for row in range(len(x)) for begin in begins.tolist()]
         assert given_x.tolist() == [[int(x[row, begin + i]) for i in labelled] for row, begin in places]
         assert given_y.tolist() == [[int(y[row, begin + i]) for i in labelled] for row, begin in places]

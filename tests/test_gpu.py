@@ -64,7 +64,8 @@ def dmt(device="cpu", **more):
     begins, labelled = torch.arange(2, device=device) * 5, torch.arange(0, 5, 2, device=device)
 
     def step(networks, x, y):
-        before, labels = train_dmt.roll_out_and_label(networks, x, begins, 5, labelled)
+        encoder, updater = networks["encoder"], networks["updater"]
+        before, labels = train_dmt.roll_out_and_label(encoder, updater, x, begins, 5, labelled)
         x, y = (train_dmt.cut(tokens, begins, 5)[:, labelled] for tokens in (x, y))
         return train_dmt.dmt_loss(networks, before, labels, x, y, train_dmt.count_terms(x, y, V), config)[0]
     return networks, step

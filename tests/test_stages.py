@@ -59,7 +59,8 @@ def dmt_case(n_tokens=V, begins=(0,), h=T, labelled=range(T), lambda_dyn=3.0, **
         return train_dmt.cut(tokens, begins, h)[:, labelled]
 
     def loss(x, y, counts):
-        collected = train_dmt.roll_out_and_label(networks, x, begins, h, labelled)
+        encoder, updater = networks["encoder"], networks["updater"]
+        collected = train_dmt.roll_out_and_label(encoder, updater, x, begins, h, labelled)
         assert not any(memories.requires_grad for memories in collected)
         return train_dmt.dmt_loss(networks, *collected, steps(x), steps(y), counts, config)
 
