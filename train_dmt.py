@@ -43,13 +43,14 @@ class Config(RunConfig):
 
 
 TEXT = dict(p_start=0.5, label_stride=1, max_iters=800, weight_decay=0.5)
+PICTURE = dict(max_iters=250)
 TASK = dict(batch_size=32, label_stride=1, max_iters=800)
 PRESETS = {
     "tiny": dict(optimizer="muon", batch_size=8, max_iters=400, lr=2e-3, lambda_dyn=1.0, p_start=0.9,
                  label_stride=2, eval_interval=100),
     "small": dict(optimizer="muon", batch_size=32, max_iters=2000, lr=1e-3, lambda_dyn=1.0),
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16),
-    "tiny/tinystories": TEXT, "tiny/text": TEXT,
+    "tiny/tinystories": TEXT, "tiny/text": TEXT, "tiny/mnist": PICTURE, "tiny/sketchy": PICTURE,
 }
 for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
     PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK

@@ -15,6 +15,7 @@ sense for the checkpoints at hand is {"skipped": why}. `trained`: report.Trained
 """
 import math
 import sys
+import textwrap
 import time
 from statistics import median
 
@@ -446,9 +447,12 @@ def few_ticks(axis, formatter="{x:g}"):
 
 
 def legend(picture, axes, columns=2):
-    """The lines of all panels, named once below the figure."""
+    """The lines of all panels, named once below the figure, in as many columns as its width has room for."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8,
+    room = round(15 * picture.get_figwidth())                                   # 15 characters an inch
+    columns = max(1, min(columns, room // (6 + max(map(len, handles)))))
+    labels = [textwrap.fill(label, room - 6) for label in handles]
+    picture.legend(handles.values(), labels, loc="outside lower center", ncols=columns, fontsize=8,
                    frameon=False)
 
 

@@ -396,11 +396,13 @@ def test_no_text_of_a_figure_overlaps_another(tmp_path):
     """Five runs with long names, axes of many decades."""
     names = [f"tinystories-transformer-{i}" for i in range(5)]
     lines = many_lines(names, ("encoder-decoder", "RNN", "whole past"), [1, 10, 2e4])
+    shared = [figures.line([name], "at initialisation", [1, 10, 2e4], [1, 1, 1]) for name in names]
     short = many_lines(names, ("RNN", "whole past"), [1, 2, 4, 8, 16])
     panel = dict(points=[[0, 1], [1, 0]], held=[0, 7], paths=[], shares=[0.5, 0.2])
     panels = [panel | {"run": name} for name in names]
     series = {name: {"lines": short if name in ("held", "length") else lines, "what": "loss"}
               for name in figures.CURVES}
+    series["gradients"] = {"lines": lines + shared}
     series |= {"memory": {"what": "needle", "panels": panels}, "cost": {"ms": lines, "bytes": lines},
                "compute": dict.fromkeys(("tokens", "sequential_flops", "seconds"), lines)}
     meta = {"name": "retrieval", "vocab_size": 9, "statistics": {"entropy_per_character": 0.1}}
