@@ -380,9 +380,9 @@ def distribute(networks, loss, run, parts=(), graphs=False):
     """LossModule, wrapped for DDP where there are several processes and compiled where --compile says so.
 
     parts: names of networks to compile instead of the whole, for a loss that calls them so often that it
-    compiles for too long. graphs: on CUDA, launch all kernels of the loss at once, forward and backward; not
-    with several processes or micro-batches, whose gradients outlive a launch. A loss on the memories of a
-    roll-out cannot have it: the graph frees what the roll-out's own graph still reads.
+    compiles for too long. graphs: on CUDA, forward and backward as one CUDA graph, of which the CPU launches
+    the kernels at once; with one process and one micro-batch only, because the next launch overwrites the
+    gradients. Not for DMT: replays of the roll-outs' own graphs then failed (illegal access).
     """
     module = LossModule(networks, loss)
     for name in parts if run.compile else ():

@@ -140,8 +140,8 @@ def main():
     module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
     encoder, updater = networks["encoder"], networks["updater"]
     if run.compile:
-        updater.compile(dynamic=False)                  # for the roll-outs
-        encoder = torch.compile(encoder, dynamic=False)     # for the labels, which have one shape
+        updater.compile(dynamic=False)                      # in place: evaluation rolls out, too
+        encoder = torch.compile(encoder, dynamic=False)     # a wrapper: evaluation has other shapes
     first_step = runtime.begin(run, data, networks, optimizers)
     if source["stage"] == "smt":
         networks["readout"].start_from(networks["decoder"])

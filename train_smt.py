@@ -53,7 +53,7 @@ CAUSAL = dict(encoder="causal", updater="mlp", updater_layers=1, optimizer="muon
 TEXT = dict(d_model=128, memory_tokens=4, encoder_layers=3, decoder_layers=3, conv_width=4, context_len=128,
             seq_len=256, future_len=64, p_start=0.5, trunk_iters=1200, max_iters=2400, decay=1.0,
             weight_decay=0.5)
-PICTURE = dict(future_len=112, trunk_iters=700, max_iters=2200)
+PICTURE = dict(future_len=112, trunk_iters=700, max_iters=2200)      # 4 lines of MNIST ahead
 TASK = dict(memory_tokens=4, conv_width=4, future_len=32, positions=16, trunk_iters=500, batch_size=16,
             max_iters=1300, lr=2e-3, eval_interval=200)
 PRESETS = {

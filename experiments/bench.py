@@ -10,7 +10,8 @@ of the table are timed in turn, round after round: a machine that slows down for
     ms          median over the rounds; of sampling: of a token of each stream
     x first     ms over that of the first line, the median of the rounds' ratios
     tokens/s    tokens trained on, or generated
-    peak MiB    CUDA: allocated during the step, with all rows' weights; CPU: of the process
+    peak MiB    CUDA: allocated during the step, with all rows' weights, the most of all rounds: a CUDA graph
+                allocates in the first ones only; CPU: of the process
     use         FLOP/s over those of a large matrix product in the precision of training
     FLOPs ms    time of the step's FLOPs at the speed of that matrix product: the step takes no less
     bytes ms    time of the bytes that the step's operations read and write, at the speed of a large copy;
@@ -117,7 +118,6 @@ def training(stage, config, smt_config, data, run):
     def step(i):
         x, y, t = datasets.sample_batch(data, config.seed, i, config.batch_size, T, positions, config.p_start)
         if stage == "smt":
-            t = t.to(run.device, non_blocking=True)
             rows, shared = (x, y), (t, train_smt.count_terms(x, y, t, config, data.pad))
         elif stage == "dmt":
             chosen = train_dmt.choose_steps(config, i, T, h)
@@ -195,7 +195,8 @@ def timed(step, i, device):
 
 
 def repeat(steps, device, rounds):
-    """{name: [(seconds, peak MiB) of each round]} of {name: step}, without what runs out of memory."""
+    """{name: [(seconds, peak MiB) of each round]} of {name: step}, without what runs out of memory. The first
+    WARM_UPS rounds are warm-ups."""
     noted = {name: [] for name in steps}
     for i in tqdm(range(WARM_UPS + rounds), desc="rounds", leave=False, disable=None):
         for name in list(noted):
@@ -203,12 +204,12 @@ def repeat(steps, device, rounds):
                 noted[name].append(timed(steps[name], i, device))
             except torch.OutOfMemoryError:
                 del noted[name]
-    return {name: numbers[WARM_UPS:] for name, numbers in noted.items()}
+    return noted
 
 
 def summarise(noted, work):
     """{name: its numbers in COLUMNS} from the rounds and work {name: (tokens, FLOPs, bytes, repetitions)}."""
-    seconds = {name: [s / work[name][3] for s, _ in rounds] for name, rounds in noted.items()}
+    seconds = {name: [s / work[name][3] for s, _ in rounds[WARM_UPS:]] for name, rounds in noted.items()}
     rows, first = {}, next(iter(noted))
     for name in noted:
         def ratio(other, own=seconds[name]):

@@ -450,7 +450,7 @@ def legend(picture, axes, columns=2):
     """The lines of all panels, named once below the figure, in as many columns as its width has room for."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     room = round(15 * picture.get_figwidth())                                   # 15 characters an inch
-    columns = max(1, min(columns, room // (6 + max(map(len, handles)))))
+    columns = max(1, min(columns, room // (6 + max(map(len, handles), default=0))))
     labels = [textwrap.fill(label, room - 6) for label in handles]
     picture.legend(handles.values(), labels, loc="outside lower center", ncols=columns, fontsize=8,
                    frameon=False)

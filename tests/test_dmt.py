@@ -132,6 +132,20 @@ def test_the_readout_begins_as_the_decoder_after_smt_and_as_itself_after_dmt(tmp
     assert same(again, more) and not same(again, first)
 
 
+def test_labels_come_from_a_compiled_encoder_that_the_checkpoint_knows_nothing_of(
+        tmp_path, data_dir, smt_run, monkeypatch):
+    compiler, roll, used = torch.compile, train_dmt.roll_out_and_label, []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend="eager"))
+    monkeypatch.setattr(train_dmt, "roll_out_and_label", lambda *some: used.append(some[0]) or roll(*some))
+    first = run(tmp_path / "first", data_dir, smt_run("retrieval"), "--dataset=retrieval")
+    after = run(tmp_path / "after", data_dir, smt_run("retrieval"), "--dataset=retrieval", "--compile")
+    kinds = [isinstance(encoder, torch._dynamo.OptimizedModule) for encoder in used]
+    assert kinds == sorted(kinds) and kinds.count(True) == len(kinds) / 2 > 0
+    assert after["model"].keys() == first["model"].keys()
+    for name, weight in after["model"].items():
+        torch.testing.assert_close(weight, first["model"][name], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dataset, flags, h", [
     ("retrieval", ["--label_stride=2"], 8), ("fables", ["--seq_len=20", "--horizon=7", "--p_start=0"], 7),
     ("fables", [], 8)], ids=["strides", "pieces", "as in SMT"])

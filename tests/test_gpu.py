@@ -194,6 +194,21 @@ def test_a_loss_is_one_graph_which_a_second_step_does_not_compile_again(name):
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("device, processes, more, mode", [
+    ("cuda", 1, {}, "reduce-overhead"), ("cpu", 1, {}, None), ("cuda", 2, {}, None),
+    ("cuda", 1, dict(grad_accum=2), None)], ids=["cuda", "cpu", "processes", "micro-batches"])
+def test_a_step_is_one_cuda_graph_where_no_gradient_is_kept_from_one_call_to_the_next(
+        device, processes, more, mode, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: given.append(options))
+    monkeypatch.setattr(runtime, "DistributedDataParallel", lambda module, **options: module)
+    config, device = runtime.RunConfig(**more), torch.device(device)
+    run = runtime.Run(config, "smt", device, 0, processes, tmp_path, resume=False, compile=True)
+    for allowed in (True, False):
+        runtime.distribute(nn.ModuleDict(), None, run, graphs=allowed)
+    assert [options["mode"] for options in given] == [mode, None]
+
+
 COMPILING = """
 import os, signal, time
 from lib.compiler import start_compile_workers
