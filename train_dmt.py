@@ -22,7 +22,7 @@ from lib.checkpoints import load, restore
 from lib.cli import UsageError, parse, run_main
 from lib.optim import learning_rate, make_optimizers, optimizer_step
 from lib.seeds import philox
-from model import IGNORE, readout_loss, roll_out_without_gradients, squared_error
+from model import IGNORE, Encoder, readout_loss, roll_out_without_gradients, squared_error
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
 
@@ -117,6 +117,12 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
     return loss, {"train_loss": loss, "loss_dyn": L_dyn, "loss_read": L_read}
 
 
+def compile_parts(encoder, updater):
+    """Compile the updater in place; return the encoder, compiled if it is the window one."""
+    updater.compile(dynamic=False)      # torch 2.11 fails on the scan of the causal one (pytorch#180221)
+    return torch.compile(encoder, dynamic=False) if isinstance(encoder, Encoder) else encoder
+
+
 def main():
     config = parse(Config, presets=PRESETS, generated=GENERATED)
     config = replace(config, init_from=config.init_from or f"runs/{config.dataset}-smt")
@@ -140,8 +146,7 @@ def main():
     module = runtime.distribute(networks, lambda *batch: dmt_loss(*batch, config), run)
     encoder, updater = networks["encoder"], networks["updater"]
     if run.compile:
-        updater.compile(dynamic=False)                      # in place: evaluation rolls out, too
-        encoder = torch.compile(encoder, dynamic=False)     # a wrapper: evaluation has other shapes
+        encoder = compile_parts(encoder, updater)
     first_step = runtime.begin(run, data, networks, optimizers)
     if source["stage"] == "smt":
         networks["readout"].start_from(networks["decoder"])

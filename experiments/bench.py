@@ -112,8 +112,7 @@ def training(stage, config, smt_config, data, run):
     if stage == "dmt":
         encoder, updater = networks["encoder"], networks["updater"]
         if run.compile:
-            updater.compile(dynamic=False)
-            encoder = torch.compile(encoder, dynamic=False)
+            encoder = train_dmt.compile_parts(encoder, updater)
 
     def step(i):
         x, y, t = datasets.sample_batch(data, config.seed, i, config.batch_size, T, positions, config.p_start)

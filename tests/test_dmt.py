@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BPTT_SIZES, QUICK, ROLL_OUTS, call, randomise, refused, trained
+from conftest import BPTT_SIZES, QUICK, ROLL_OUTS, SIZES, call, randomise, refused, trained
 
 import data
 import train_bptt
 import train_dmt
+import train_smt
 from lib.checkpoints import load, source_of
 from model import ModelConfig, build, empty_memory
 from train_dmt import Config, choose_steps, count_terms, cut, dmt_loss, roll_out_and_label
@@ -132,15 +133,19 @@ def test_the_readout_begins_as_the_decoder_after_smt_and_as_itself_after_dmt(tmp
     assert same(again, more) and not same(again, first)
 
 
-def test_labels_come_from_a_compiled_encoder_that_the_checkpoint_knows_nothing_of(
-        tmp_path, data_dir, smt_run, monkeypatch):
+@KINDS
+def test_labels_come_from_a_compiled_window_encoder_that_the_checkpoint_knows_nothing_of(
+        kind, tmp_path, data_dir, monkeypatch):
     compiler, roll, used = torch.compile, train_dmt.roll_out_and_label, []
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend="eager"))
     monkeypatch.setattr(train_dmt, "roll_out_and_label", lambda *some: used.append(some[0]) or roll(*some))
-    first = run(tmp_path / "first", data_dir, smt_run("retrieval"), "--dataset=retrieval")
-    after = run(tmp_path / "after", data_dir, smt_run("retrieval"), "--dataset=retrieval", "--compile")
-    kinds = [isinstance(encoder, torch._dynamo.OptimizedModule) for encoder in used]
-    assert kinds == sorted(kinds) and kinds.count(True) == len(kinds) / 2 > 0
+    trained(train_smt, *QUICK, *SIZES, "--dataset=retrieval", f"--data_dir={data_dir}", f"--encoder={kind}",
+            "--trunk_iters=0", f"--out_dir={tmp_path / 'smt'}")
+    first = run(tmp_path / "first", data_dir, tmp_path / "smt", "--dataset=retrieval")
+    after = run(tmp_path / "after", data_dir, tmp_path / "smt", "--dataset=retrieval", "--compile")
+    compiled = [isinstance(encoder, torch._dynamo.OptimizedModule) for encoder in used]
+    assert compiled == sorted(compiled)
+    assert compiled.count(True) == (len(compiled) / 2 if kind == "window" else 0) and compiled
     assert after["model"].keys() == first["model"].keys()
     for name, weight in after["model"].items():
         torch.testing.assert_close(weight, first["model"][name], atol=1e-4, rtol=1e-3)
