@@ -8,6 +8,8 @@ Writes runs/<dataset>-bptt. Every step of the RNN waits for the one before, and 
 backward pass.
 """
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -17,8 +19,9 @@ import runtime
 from evaluate import evaluate
 from lib.checkpoints import fields_of
 from lib.cli import UsageError, parse, run_main
+from lib.graphs import captured_with_gradients
 from lib.optim import learning_rate, make_optimizers, optimizer_step
-from model import IGNORE, RNNConfig, build, normalise, readout_loss, roll_out
+from model import GRAPH_STEPS, IGNORE, RNNConfig, build, normalise, readout_loss, roll_out
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
 
@@ -56,25 +59,37 @@ for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
 PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens=8)
 
 
-def unroll(updater, memory, x, truncate=0):
+def unroll(updater, memory, x, truncate=0, graphs=None):
     """The memories after each token of x (B, T), from memory (B, K, d) -> (B, T, K, d).
 
-    With truncate > 0 the memory is cut from the graph after every `truncate` tokens.
+    With truncate > 0 no gradient passes from one window of `truncate` tokens to the one before. graphs: of
+    `capture`, the roll-out of each window.
     """
-    memories = []
-    for window in x.split(truncate or x.shape[1], dim=1):
-        memories.append(roll_out(updater, memory, window))
-        memory = memories[-1][:, -1].detach()
+    memories, roll_outs = [], iter(graphs or repeat(partial(roll_out, updater)))
+    for window in x.split(truncate or GRAPH_STEPS, dim=1):
+        memories.append(next(roll_outs)(memory, window))
+        memory = memories[-1][:, -1].detach() if truncate else memories[-1][:, -1]
     return torch.cat(memories, dim=1)
 
 
-def bptt_loss(networks, x, y, count, truncate=0):
+def capture(updater, config, run, T):
+    """For `unroll`: a CUDA graph for each window of a micro-batch, one launch instead of thousands. None on
+    other devices, and with several processes."""
+    x = torch.zeros(config.batch_size // config.grad_accum, T, dtype=torch.long, device=run.device)
+    memory = torch.ones(len(x), config.memory_tokens, config.d_model, device=run.device)
+    windows = x.split(config.truncate or GRAPH_STEPS, dim=1)
+    inputs = [(memory.clone().requires_grad_(), window.clone()) for window in windows]
+    with run.autocast(cache=False):
+        return captured_with_gradients(roll_out, updater, inputs) if run.world_size == 1 else None
+
+
+def bptt_loss(networks, x, y, count, truncate=0, graphs=None):
     """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}, through all steps or `truncate`.
 
     x, y (B, T). A sum over these rows divided by the `count` of targets of the global batch.
     """
     start = normalise(networks.initial_memory).expand(len(x), -1, -1)
-    memories = unroll(networks["updater"], start, x, truncate)
+    memories = unroll(networks["updater"], start, x, truncate, graphs)
     loss = readout_loss(networks, memories, y) / count.clamp(min=1)     # of all steps at once
     return loss, dict(train_loss=loss)
 
@@ -96,9 +111,10 @@ def main():
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
     optimizers = make_optimizers(networks, config)
-    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate), run,
+    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate, graphs), run,
                                 compiled_parts(run.device))
     first_step = runtime.begin(run, data, networks, optimizers)
+    graphs = capture(networks["updater"], config, run, T)
 
     run.start_clock()
     for step in range(first_step, config.max_iters + 1):

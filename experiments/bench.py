@@ -102,7 +102,8 @@ def training(stage, config, smt_config, data, run):
     elif stage == "bptt":
         networks = model.build(config, V, ("updater", "readout"))
         networks.initial_memory = torch.nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
-        loss_of = partial(train_bptt.bptt_loss, truncate=config.truncate)
+        captured = []
+        loss_of = partial(train_bptt.bptt_loss, truncate=config.truncate, graphs=captured)
         parts = train_bptt.compiled_parts(run.device)
     else:
         networks, loss_of = train_baseline.build(config, V), train_baseline.baseline_loss
@@ -127,6 +128,8 @@ def training(stage, config, smt_config, data, run):
             rows, shared = (before, labels, x, y), (train_dmt.count_terms(x, y, data.pad),)
         else:
             rows, shared = (x, y), ((y != IGNORE).sum(),)
+        if stage == "bptt" and i == 0:
+            captured.extend(train_bptt.capture(networks["updater"], config, run, T) or ())
         for micro in zip(*(part.chunk(config.grad_accum) for part in rows)):
             with run.autocast(cache=stage != "bptt"):
                 loss, _ = module(*micro, *shared)

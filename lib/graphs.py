@@ -35,8 +35,8 @@ def captured(function):
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as error:           # slower is better than not at all
-                    failed, reason = True, (str(error).splitlines() or [""])[0]
-                    print(f"note: no CUDA graphs, the RNN is slow: {reason}", file=sys.stderr)
+                    failed = True
+                    report(error)
             if failed:
                 return copy_of(function(module, *tensors))
             inputs, graph, output = captures[key]
@@ -45,6 +45,44 @@ def captured(function):
             graph.replay()
             return copy_of(output)
     return call
+
+
+def report(error):
+    """Say why there are no graphs."""
+    print(f"note: no CUDA graphs, the RNN is slow: {(str(error).splitlines() or [''])[0]}", file=sys.stderr)
+
+
+class Bound(torch.nn.Module):
+    """function(module, ...) as a module, whose parameters are those of the given one."""
+
+    def __init__(self, function, module):
+        super().__init__()
+        self.function, self.module = function, module
+
+    def forward(self, *tensors):
+        return self.function(self.module, *tensors)
+
+
+def captured_with_gradients(function, module, inputs):
+    """Calls of function(module, *tensors), one for each of inputs: a CUDA graph each, forward and backward.
+
+    inputs: tuples of tensors, of shapes that stay. The calls share memory: make all of them in this order,
+    each once, then go backward. Autocast, without its cache, is entered by the caller. As for `captured`,
+    parameters may change in place only, and function must not synchronise or draw random numbers. None on
+    devices without graphs; also, with a line on stderr, where the capture fails.
+    """
+    if inputs[0][0].device.type != GRAPH_DEVICE:
+        return None
+    try:
+        modules = tuple(Bound(function, module) for _ in inputs)
+        calls = torch.cuda.make_graphed_callables(modules, tuple(inputs))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return report(error)
+    for p in module.parameters():
+        p.register_hook(torch.clone)        # a replay overwrites the gradients that the last one has returned
+    return calls
 
 
 def copy_of(output):

@@ -287,6 +287,82 @@ def test_a_capture_that_runs_out_of_memory_is_not_hidden(monkeypatch):
         graphs.captured(double)(torch.nn.Linear(3, 3), torch.randn(2, 3))
 
 
+def graphed_on_a_cpu(modules, inputs):
+    """torch.cuda.make_graphed_callables, in what its user must know: results and gradients are in buffers
+    that the next call writes to."""
+    def graphed(module, sample):
+        parameters, held = list(module.parameters()), {}
+
+        def buffer(name, value):
+            held[name] = value.clone() if name not in held else held[name].copy_(value)
+            return held[name].detach()
+
+        class Graphed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, memory, x, *_):
+                assert memory.shape == sample[0].shape and x.shape == sample[1].shape
+                memory = buffer("memory", memory.detach()).requires_grad_()
+                with torch.enable_grad():
+                    held["graph"] = memory, module.forward(memory, x)
+                return buffer("output", held["graph"][1].detach())
+
+            @staticmethod
+            def backward(ctx, gradient):
+                memory, output = held["graph"]
+                found = torch.autograd.grad(output, [memory, *parameters], gradient)
+                memory_gradient, *others = [buffer(i, value) for i, value in enumerate(found)]
+                return memory_gradient, None, *others
+
+        return lambda memory, x: Graphed.apply(memory, x, *parameters)
+    return tuple(graphed(module, sample) for module, sample in zip(modules, inputs, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NEEDS_CUDA])])
+@pytest.mark.parametrize("truncate, windows", [(0, 3), (3, 4), (8, 2), (100, 1)])
+@pytest.mark.parametrize("steps", [4, 100], ids=["windows", "one window"])
+def test_unrolled_by_cuda_graphs_losses_and_summed_gradients_are_those_of_the_plain_loop(
+        device, truncate, windows, steps, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_bptt, "GRAPH_STEPS", steps)
+    if device == "cpu":
+        monkeypatch.setattr(graphs, "GRAPH_DEVICE", "cpu")
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed_on_a_cpu)
+    config = train_bptt.Config(batch_size=2 * B, grad_accum=2, truncate=truncate, d_model=16, n_heads=2,
+                               memory_tokens=3, updater_layers=1)
+    run = runtime.Run(config, "bptt", torch.device(device), 0, 1, tmp_path, resume=False, compile=False)
+    networks = randomise(model.build(config, V, ("updater", "readout")), std=0.3).float()
+    networks.initial_memory = nn.Parameter(torch.randn(3, 16))
+    networks.to(device)
+    batches = [[batch(), batch()] for _ in range(2)]            # two steps of two micro-batches
+
+    def train(captured):
+        found = []
+        for micro_batches in batches:
+            networks.zero_grad()
+            for x, y in micro_batches:
+                x, y = x.to(device), y.to(device)
+                loss, _ = train_bptt.bptt_loss(networks, x, y, (y != IGNORE).sum(), truncate, captured)
+                loss.backward()
+                found.append(loss.detach())
+            found += [p.grad.clone() for p in networks.parameters()]
+        return found
+
+    expected, captured = train(None), train_bptt.capture(networks["updater"], config, run, T)
+    if steps == 4:
+        assert len(captured) == windows
+    for value, other in zip(train(captured), expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_graph_that_cannot_be_captured_leaves_the_plain_loop_and_one_line(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graphs, "GRAPH_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    assert graphs.captured_with_gradients(double, torch.nn.Linear(3, 3), [(torch.randn(2, 3),)]) is None
+    assert capsys.readouterr().err.endswith("not permitted when stream is capturing\n")
+
+
 class Waits:
     """Inside, what makes the CPU wait for the GPU raises."""
 
