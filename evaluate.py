@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as datasets
-from lib.checkpoints import check_data, find_checkpoint, load, restore
+from lib.checkpoints import check_data, load_each, restore
 from lib.cli import UsageError, check_fields, parse, run_main
 from model import IGNORE, roll_out_without_gradients
 from runtime import choose_device
@@ -184,20 +184,6 @@ def evaluate(networks, initial_memory, x, y, meta, rows=16, errors=False):
 
 
 # ------------------------------------------------------------------------------------------------------------
-
-def load_each(ckpt, dataset, device):
-    """(name, folder, checkpoint) of each checkpoint of --ckpt, or of the data set's most finished run;
-    UsageError if they are not of one data set."""
-    paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
-    folders = [path if path.is_dir() else path.parent for path in paths]
-    names, sets = [folder.resolve().name for folder in folders], []
-    for path, folder, name in zip(paths, folders, names):
-        checkpoint = load(path, device)
-        sets.append(checkpoint["data"]["name"])
-        if sets[-1] != sets[0]:
-            raise UsageError(f"--ckpt mixes data sets: {sets[0]} and {sets[-1]}")
-        yield name if names.count(name) == 1 else str(path), folder, checkpoint
-
 
 def table(columns):
     """Lines of text from {name: {row: text or number}}: a column for each checkpoint."""

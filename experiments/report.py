@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data as datasets
 import evaluate
 from experiments import figures, train_baseline
-from lib.checkpoints import check_data, restore, write_atomically
+from lib.checkpoints import check_data, load_each, restore, write_atomically
 from lib.cli import UsageError, parse, run_main
 from model import IGNORE, ModelConfig, roll_out_without_gradients
 from runtime import choose_device
@@ -93,9 +93,9 @@ class Trained:
 
 
 def load_trained(ckpt, dataset, device):
-    """A list of Trained, of what evaluate.load_each finds."""
+    """A list of Trained, of what load_each finds."""
     trained = []
-    for name, folder, checkpoint in evaluate.load_each(ckpt, dataset, device):
+    for name, folder, checkpoint in load_each(ckpt, dataset, device):
         if checkpoint["stage"] in train_baseline.BASELINES:
             module = train_baseline.load_baseline(checkpoint, device)
             content = module.config, torch.nn.ModuleDict(), torch.empty(0, device=device), module

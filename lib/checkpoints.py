@@ -96,6 +96,20 @@ def find_checkpoint(ckpt, dataset):
     return Path(ckpt).expanduser() if ckpt else finished       # each of several in --ckpt=~/a,~/b
 
 
+def load_each(ckpt, dataset, device):
+    """(name, folder, checkpoint) of each checkpoint of --ckpt, or of the data set's most finished run;
+    UsageError if they are not of one data set."""
+    paths = [find_checkpoint(path, dataset) for path in dict.fromkeys(ckpt.split(","))]
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    names, sets = [folder.resolve().name for folder in folders], []
+    for path, folder, name in zip(paths, folders, names):
+        checkpoint = load(path, device)
+        sets.append(checkpoint["data"]["name"])
+        if sets[-1] != sets[0]:
+            raise UsageError(f"--ckpt mixes data sets: {sets[0]} and {sets[-1]}")
+        yield name if names.count(name) == 1 else str(path), folder, checkpoint
+
+
 def fields_of(cls, config):
     """The fields of a dataclass in a config that extends it, as a dict."""
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
