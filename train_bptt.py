@@ -51,7 +51,7 @@ PRESETS = {
     "paper": dict(d_model=256, n_heads=8, memory_tokens=16, updater_layers=8, decoder_layers=4,
                   batch_size=128, grad_accum=2, max_iters=150_000, lr=3e-4, eval_interval=5000),
     "tiny/tinystories": TEXT, "tiny/text": TEXT,
-    # the graph of 25,000 tokens takes 60 GiB: rows of 784 and 1,024 tokens need smaller micro-batches
+    # the activations of 25,000 tokens take 60 GiB: rows of 784 and 1,024 tokens need smaller micro-batches
     "paper/mnist": dict(grad_accum=4), "paper/sketchy": dict(grad_accum=8),
 }
 for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
@@ -62,8 +62,8 @@ PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens
 def unroll(updater, memory, x, truncate=0, graphs=None):
     """The memories after each token of x (B, T), from memory (B, K, d) -> (B, T, K, d).
 
-    With truncate > 0 no gradient passes from one window of `truncate` tokens to the one before. graphs: of
-    `capture`, the roll-out of each window.
+    A row is unrolled in windows: of `truncate` tokens, with no gradient from one to the one before, or, with
+    truncate=0, of GRAPH_STEPS. graphs: of `capture`, a roll-out for each window.
     """
     memories, roll_outs = [], iter(graphs or repeat(partial(roll_out, updater)))
     for window in x.split(truncate or GRAPH_STEPS, dim=1):
@@ -73,8 +73,8 @@ def unroll(updater, memory, x, truncate=0, graphs=None):
 
 
 def capture(updater, config, run, T):
-    """For `unroll`: a CUDA graph for each window of a micro-batch, one launch instead of thousands. None on
-    other devices, and with several processes."""
+    """CUDA graphs of the windows of `unroll`, for micro-batches of rows of T tokens: a launch each instead of
+    thousands. None on other devices, and with several processes."""
     x = torch.zeros(config.batch_size // config.grad_accum, T, dtype=torch.long, device=run.device)
     memory = torch.ones(len(x), config.memory_tokens, config.d_model, device=run.device)
     windows = x.split(config.truncate or GRAPH_STEPS, dim=1)
@@ -112,7 +112,7 @@ def main():
     networks.to(run.device)
     optimizers = make_optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate, graphs), run,
-                                compiled_parts(run.device))
+                                compiled_parts(run.device))         # graphs: below, of the loaded weights
     first_step = runtime.begin(run, data, networks, optimizers)
     graphs = capture(networks["updater"], config, run, T)
 

@@ -1,5 +1,6 @@
 """CUDA graphs."""
 import sys
+import warnings
 import weakref
 
 import torch
@@ -32,8 +33,6 @@ def captured(function):
             if key not in captures:
                 try:
                     captures[key] = capture(function, module, tensors)
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:           # slower is better than not at all
                     failed = True
                     report(error)
@@ -48,12 +47,15 @@ def captured(function):
 
 
 def report(error):
-    """Say why there are no graphs."""
-    print(f"note: no CUDA graphs, the RNN is slow: {(str(error).splitlines() or [''])[0]}", file=sys.stderr)
+    """Say why a capture has failed; raise if memory has run out."""
+    cause = error.__context__ or error      # the end of a broken capture raises, too
+    if isinstance(cause, torch.OutOfMemoryError):
+        raise cause
+    print(f"note: no CUDA graphs, the RNN is slow: {(str(cause).splitlines() or [''])[0]}", file=sys.stderr)
 
 
 class Bound(torch.nn.Module):
-    """function(module, ...) as a module, whose parameters are those of the given one."""
+    """function(module, ...) as a module, of which make_graphed_callables finds the parameters."""
 
     def __init__(self, function, module):
         super().__init__()
@@ -66,22 +68,24 @@ class Bound(torch.nn.Module):
 def captured_with_gradients(function, module, inputs):
     """Calls of function(module, *tensors), one for each of inputs: a CUDA graph each, forward and backward.
 
-    inputs: tuples of tensors, of shapes that stay. The calls share memory: make all of them in this order,
-    each once, then go backward. Autocast, without its cache, is entered by the caller. As for `captured`,
-    parameters may change in place only, and function must not synchronise or draw random numbers. None on
-    devices without graphs; also, with a line on stderr, where the capture fails.
+    inputs: tuples of sample tensors, whose shapes and types stay. The calls share memory: make all of them in
+    this order, each once, then go backward. A result lasts until the same call is made again. The caller
+    enters autocast, without its cache. As for `captured`, parameters may change in place only, and function
+    must not synchronise or draw random numbers. None on devices without graphs; also, with a line on stderr,
+    where the capture fails.
     """
     if inputs[0][0].device.type != GRAPH_DEVICE:
         return None
+    modules = tuple(Bound(function, module) for _ in inputs)
     try:
-        modules = tuple(Bound(function, module) for _ in inputs)
-        calls = torch.cuda.make_graphed_callables(modules, tuple(inputs))
-    except torch.OutOfMemoryError:
-        raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)    # of the warm-up's stream, which has ended
+            calls = torch.cuda.make_graphed_callables(modules, tuple(inputs))
     except RuntimeError as error:
-        return report(error)
+        report(error)
+        return None
     for p in module.parameters():
-        p.register_hook(torch.clone)        # a replay overwrites the gradients that the last one has returned
+        p.register_hook(torch.clone)        # the next replay writes to the gradients that this one returned
     return calls
 
 
