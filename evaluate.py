@@ -72,8 +72,8 @@ def targets_of(y, most=POSITIONS):
 
 
 def held_targets(t, distances, future_len):
-    """Where held_<n> is measured: at most HELD_TARGETS of the positions t (S,), late enough for every n; and
-    the n, those of `distances` (0 first) that are below future_len and fit into the documents."""
+    """For held_<n>: at most HELD_TARGETS of the positions t (S,), late enough for every n; and the n, the
+    `distances` (0 first) that are below future_len and fit into the documents."""
     distances = [n for n in distances if n < future_len and n <= int(t.max()) + 1]
     return spread(t[t >= distances[-1] - 1], HELD_TARGETS), distances
 
@@ -143,7 +143,10 @@ def measure(networks, initial_memory, x, y, t, rows=16):
 
     late, distances = held_targets(t, DISTANCES, decoder.future_len)
     parts = [measure_held(networks, *part, late, distances) for part in zip(x.split(rows), y.split(rows))]
-    return measured | {name: tuple(map(torch.cat, zip(*(part[name] for part in parts)))) for name in parts[0]}
+    for name in parts[0]:
+        amounts, weights = zip(*(part[name] for part in parts))
+        measured[name] = torch.cat(amounts), torch.cat(weights)
+    return measured
 
 
 def ratio(amounts, weights):

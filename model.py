@@ -392,8 +392,8 @@ class CausalEncoder(nn.Module):
         m_K(t)  = normalise(e_t + W normalise(h_t))
 
     with e_{-1}, h_{-1} of PAD. An open gate writes, a closed one holds: s_k(t) = (1 - g_{k,t}) s_k(t-1) +
-    g_{k,t} e_t. So f can follow a slot: it moves m_k towards e_t. The gate, and what the convolution adds
-    to the embedding of x_t, f has to infer from m_{t-1} and x_t.
+    g_{k,t} e_t. So f can follow a slot: it moves m_k towards e_t. f has to infer the gate, and what the
+    convolution adds to the embedding of x_t, from m_{t-1} and x_t.
     """
 
     def __init__(self, config, vocab_size):
@@ -446,7 +446,7 @@ def build(config, vocab_size, names=tuple(NETWORKS)):
     networks, seed = nn.ModuleDict(), torch.initial_seed()
     for i, (name, network) in enumerate(NETWORKS.items()):
         if name in names:
-            torch.manual_seed((len(NETWORKS) * seed + i) % 2**63)       # no two seeds share one
+            torch.manual_seed((len(NETWORKS) * seed + i) % 2**63)       # seeds do not overlap
             networks[name] = network(config, vocab_size)
     return networks
 

@@ -1,6 +1,6 @@
 """Generate with a trained RNN: text to the terminal, pictures to a PNG file, answers to a task's questions.
 
-    python sample.py                                      # fables; of the runs the most finished one
+    python sample.py                                      # fables, the most finished run
     python sample.py --dataset=tinystories --prompt="Once upon a time" --num_samples=3 --temperature=0.7
     python sample.py --dataset=mnist --num_samples=64     # a grid of pictures
     python sample.py --dataset=mnist --prompt=digit.png --keep=0.5      # complete the upper half
@@ -11,6 +11,7 @@ Only the updater and the readout run, from m_empty on: time and memory for a tok
 came before.
 """
 import functools
+import itertools
 import math
 import sys
 import time
@@ -64,7 +65,7 @@ class Config:
 def choose(logits, temperature, top_k, u):
     """One token for each row of logits (B, V) -> (B,), drawn from softmax(logits / temperature).
 
-    It is the one at which the probabilities, added up, exceed a random number: u (B,), uniform from 0 to 1.
+    It is the first at which the cumulative probability exceeds u (B,), uniform from 0 to 1.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -154,7 +155,7 @@ def write_stories(networks, initial_memory, meta, config):
     for i in range(n):
         write(bytes(prompt))
         tokens = generate(networks, memory, config.temperature, config.top_k, seeded(config.seed + i, 1))
-        for _, token in zip(range(config.max_new_tokens), tokens):
+        for token in itertools.islice(tokens, config.max_new_tokens):
             if separator == 0 and token == 0:
                 break
             write(bytes([token]))

@@ -9,7 +9,6 @@ backward pass.
 """
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from lib.optim import learning_rate, make_optimizers, optimizer_step
 from model import GRAPH_STEPS, IGNORE, RNNConfig, build, normalise, readout_loss, roll_out
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
+from sources.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ PRESETS = {
     # the activations of 25,000 tokens take 60 GiB: rows of 784 and 1,024 tokens need smaller micro-batches
     "paper/mnist": dict(grad_accum=4), "paper/sketchy": dict(grad_accum=8),
 }
-for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
+for task in TASKS:
     PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
 PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens=8)
 
@@ -62,12 +62,13 @@ PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens
 def unroll(updater, memory, x, truncate=0, graphs=None):
     """The memories after each token of x (B, T), from memory (B, K, d) -> (B, T, K, d).
 
-    A row is unrolled in windows: of `truncate` tokens, with no gradient from one to the one before, or, with
-    truncate=0, of GRAPH_STEPS. graphs: of `capture`, a roll-out for each window.
+    A window has `truncate` tokens, and no gradient passes from one to another; with truncate=0 it has
+    GRAPH_STEPS, and gradients pass. graphs: from `capture`, a roll-out for each window.
     """
-    memories, roll_outs = [], iter(graphs or repeat(partial(roll_out, updater)))
-    for window in x.split(truncate or GRAPH_STEPS, dim=1):
-        memories.append(next(roll_outs)(memory, window))
+    windows, memories = x.split(truncate or GRAPH_STEPS, dim=1), []
+    roll_outs = graphs or [partial(roll_out, updater)] * len(windows)
+    for roll, window in zip(roll_outs, windows, strict=True):
+        memories.append(roll(memory, window))
         memory = memories[-1][:, -1].detach() if truncate else memories[-1][:, -1]
     return torch.cat(memories, dim=1)
 
@@ -75,12 +76,14 @@ def unroll(updater, memory, x, truncate=0, graphs=None):
 def capture(updater, config, run, T):
     """CUDA graphs of the windows of `unroll`, for micro-batches of rows of T tokens: a launch each instead of
     thousands. None on other devices, and with several processes."""
+    if run.world_size > 1:
+        return None
     x = torch.zeros(config.batch_size // config.grad_accum, T, dtype=torch.long, device=run.device)
     memory = torch.ones(len(x), config.memory_tokens, config.d_model, device=run.device)
     windows = x.split(config.truncate or GRAPH_STEPS, dim=1)
     inputs = [(memory.clone().requires_grad_(), window.clone()) for window in windows]
     with run.autocast(cache=False):
-        return captured_with_gradients(roll_out, updater, inputs) if run.world_size == 1 else None
+        return captured_with_gradients(roll_out, updater, inputs)
 
 
 def bptt_loss(networks, x, y, count, truncate=0, graphs=None):
@@ -111,8 +114,7 @@ def main():
     networks.initial_memory = nn.Parameter(torch.randn(config.memory_tokens, config.d_model))
     networks.to(run.device)
     optimizers = make_optimizers(networks, config)
-    module = runtime.distribute(networks, lambda *batch: bptt_loss(*batch, config.truncate, graphs), run,
-                                compiled_parts(run.device))         # graphs: below, of the loaded weights
+    module = runtime.distribute(networks, bptt_loss, run, compiled_parts(run.device))
     first_step = runtime.begin(run, data, networks, optimizers)
     graphs = capture(networks["updater"], config, run, T)
 
@@ -134,7 +136,7 @@ def main():
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             with runtime.micro_step(module, last=i == config.grad_accum - 1):
                 with run.autocast(cache=False):
-                    loss, losses = module(micro_x, micro_y, count)
+                    loss, losses = module(micro_x, micro_y, count, config.truncate, graphs)
                 (loss * run.world_size).backward()      # DDP averages over processes; our losses are sums
             run.count(losses)
         lr = learning_rate(step, config)

@@ -25,6 +25,7 @@ from lib.seeds import philox
 from model import IGNORE, Encoder, readout_loss, roll_out_without_gradients, squared_error
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
+from sources.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Config(RunConfig):
     horizon: int = 0                # tokens of a roll-out; a row has T // horizon of them; 0: the whole row
     label_stride: int = 1           # steps from one label of the encoder to the next
     seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
-    p_start: float = 0.5            # share of rows that begin with a document (text), of steps rolled from 0
+    p_start: float = 0.5            # text: share of rows from a document's start; all: of steps rolled from 0
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):
@@ -52,7 +53,7 @@ PRESETS = {
     "paper": dict(batch_size=32, max_iters=1500, lr=3e-5, horizon=256, label_stride=16),
     "tiny/tinystories": TEXT, "tiny/text": TEXT, "tiny/mnist": PICTURE, "tiny/sketchy": PICTURE,
 }
-for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):
+for task in TASKS:
     PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
 PRESETS["tiny/retrieval"] = PRESETS["small/retrieval"] = TASK | dict(max_iters=100, eval_interval=25)
 
@@ -68,7 +69,8 @@ def choose_steps(config, step, T, h):
     """
     rng, n, stride = philox(config.seed, step, "roll-out"), T // h, min(config.label_stride, h)
     begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
-    return begin + h * torch.arange(n), torch.arange(int(rng.integers(stride)), h, stride)[:h // stride]
+    labelled = torch.arange(int(rng.integers(stride)), h, stride)[:h // stride]     # as many in every step
+    return begin + h * torch.arange(n), labelled
 
 
 @torch.no_grad()
@@ -76,8 +78,8 @@ def roll_out_and_label(encoder, updater, x, begins, h, labelled):
     """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n `begins`, ask E for labels.
 
     A roll-out starts from the encoder's memory just before it (m_empty at 0). labelled (R,): the steps of a
-    roll-out, 0..h-1, that get a label. Returns, with the n roll-outs of a row side by side, the memory before
-    each of these steps, m_hat_{t-1} (B n, R, K, d), and its label m_t (B n, R, K, d).
+    roll-out, 0..h-1, that get a label. Returns (B n, R, K, d) each, a row's n roll-outs side by side: the
+    memory before each labelled step, m_hat_{t-1}, and the step's label m_t.
     """
     t = (begins[:, None] + labelled).flatten()
     memories = encoder(x, torch.cat([begins - 1, t]))     # the causal encoder reads the row once
@@ -119,8 +121,10 @@ def dmt_loss(networks, before, labels, x, y, counts, config):
 
 def compile_parts(encoder, updater):
     """Compile the updater in place; return the encoder, compiled if it is the window one."""
-    updater.compile(dynamic=False)      # torch 2.11 fails on the scan of the causal one (pytorch#180221)
-    return torch.compile(encoder, dynamic=False) if isinstance(encoder, Encoder) else encoder
+    updater.compile(dynamic=False)
+    if isinstance(encoder, Encoder):        # of the causal one torch 2.11 fails on the scan (pytorch#180221)
+        encoder = torch.compile(encoder, dynamic=False)
+    return encoder
 
 
 def main():

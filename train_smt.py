@@ -23,6 +23,7 @@ from lib.optim import learning_rate, make_optimizers, optimizer_step
 from model import IGNORE, ModelConfig, cross_entropy, decoder_loss, futures, readout_loss, squared_error
 from runtime import RunConfig
 from sources.prepare import GENERATED, ensure
+from sources.tasks import TASKS
 
 UNIFORMITY_TOKENS = 512   # memory tokens in L_unif, about
 
@@ -33,7 +34,7 @@ class Config(ModelConfig, RunConfig):
     seq_len: int = 256              # tokens T of a training row of text; in other data a row is a document
     positions: int = 1              # positions S drawn in a step, the same in each row
     p_start: float = 0.5            # text: share of rows from a document's start; the others begin anywhere
-    trunk_iters: int = 0            # causal: first steps, which train L_trunk alone; none with --init_from
+    trunk_iters: int = 0            # causal: first steps, on L_trunk alone; none with --init_from
     lambda_dyn: float = 0.1         # weight of the dynamics loss
     lambda_unif: float = 0.001      # weight of the uniformity loss
 
@@ -66,7 +67,7 @@ PRESETS = {
                   lr=3e-4, eval_interval=5000, decay=0.2),
     "tiny/tinystories": TEXT, "tiny/text": TEXT, "tiny/mnist": PICTURE, "tiny/sketchy": PICTURE,
 }
-for task in ("retrieval", "copy", "stack", "modular", "keyvalue"):     # "<preset>/<dataset>" adds to a preset
+for task in TASKS:              # "<preset>/<dataset>" adds to a preset
     PRESETS[f"tiny/{task}"] = PRESETS[f"small/{task}"] = TASK
 PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens=8, max_iters=1600)
 
@@ -91,9 +92,9 @@ def smt_loss(networks, x, y, t, counts, config):
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
-    The causal encoder adds L_trunk, ours. Each term is a sum over these rows divided by the counts (4,) of
-    the global batch, L_unif a mean times these rows' share of the batch: micro-batches are summed. Returns
-    the loss, and the terms to log.
+    The causal encoder adds L_trunk, ours. A term is a sum over these rows divided by the counts (4,) of the
+    global batch; L_unif is a mean times these rows' share of it. So micro-batches add up. Returns the loss,
+    and the terms to log.
     """
     encoder, updater = networks["encoder"], networks["updater"]
     n_futures, n_transitions, n_readouts, n_targets = counts.clamp(min=1)
@@ -131,15 +132,14 @@ def uniformity(memories):
 def trunk_loss(networks, trunk, y, n_targets):
     """L_trunk = CE(D.predict(h_t), y_t) at every t (ours): the causal encoder's trunk as a language model.
 
-    Recall comes sooner from a text than through a memory. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
+    Recall is learned sooner from a text than from a memory. trunk: (e, h) of CausalEncoder.trunk, y (B, T).
     """
     return cross_entropy(networks["decoder"].predict(trunk[1][:, 1:]), y) / n_targets
 
 
 def trunk_alone(networks, x, y, t, counts, config):
     """The objective of the first trunk_iters steps (ours): L_trunk. Arguments and returns as in smt_loss."""
-    *_, n_targets = counts.clamp(min=1)
-    loss = trunk_loss(networks, networks["encoder"].trunk(x), y, n_targets)
+    loss = trunk_loss(networks, networks["encoder"].trunk(x), y, counts[-1].clamp(min=1))
     return loss, {"train_loss": loss, "loss_trunk": loss}
 
 

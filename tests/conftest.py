@@ -24,7 +24,6 @@ BPTT_SIZES = ["--updater=transformer", "--d_model=8", "--n_heads=2", "--memory_t
               "--updater_layers=1", "--decoder_layers=1"]
 SIZES = [*BPTT_SIZES, "--encoder=window", "--encoder_layers=1", "--conv_width=1", "--context_len=8",
          "--future_len=3"]
-TRANSFORMER_SIZES = ["--d_model=8", "--n_heads=2", "--decoder_layers=1", "--context_len=8"]
 PAIRS = ["--seq_len=8", "--positions=2", "--trunk_iters=0"]
 ROLL_OUTS = ["--label_stride=1"]
 QUICK = ["--device=cpu", "--preset=tiny", "--batch_size=16", "--max_iters=4",

@@ -97,7 +97,7 @@ def test_6_the_objective_is_the_sum():
 
 
 def test_7_after_training_f_and_readout_run_alone():
-    """From m_empty, token by token: the encoder and the decoder are no longer needed."""
+    """From a stored m_empty, token by token: the encoder and the decoder are not needed."""
     networks = make()
     m = empty_memory(networks["encoder"])[None]
     assert torch.equal(m, memory(networks, -1))
