@@ -129,20 +129,6 @@ def complete(networks, initial_memory, given, length, config):
     return torch.cat([given] + [next(tokens)[:, None] for _ in steps], dim=1)
 
 
-def complete_stories(networks, initial_memory, count, temperature, seed, longest=1000):
-    """`count` stories of a data set whose separator is 0, as a list of str, without separators."""
-    start = torch.zeros(count, 1, dtype=torch.long, device=initial_memory.device)
-    memory = read(networks, initial_memory.expand(count, -1, -1), start)
-    rows, ended = [], torch.zeros(count, dtype=torch.bool)
-    for token in generate(networks, memory, temperature, 0, seeded(seed, count)):
-        rows.append(token.cpu())
-        ended |= rows[-1] == 0
-        if ended.all() or len(rows) == longest:
-            break
-    rows = torch.stack(rows, dim=1).tolist()
-    return [bytes(row).split(b"\0")[0].decode("ascii", "replace") for row in rows]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The three kinds of data
 

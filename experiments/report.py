@@ -16,6 +16,7 @@ they told; and the nats of the fact, all its letters together, where held-out st
 back" by the decoder from the encoder's memory of n tokens before, "rnn" by the RNN itself or by the baseline.
 Last the figures: see figures.py.
 """
+import itertools
 import json
 import math
 import sys
@@ -33,7 +34,7 @@ from lib.checkpoints import check_data, load_each, restore, write_atomically
 from lib.cli import UsageError, parse, run_main
 from model import IGNORE, ModelConfig, roll_out_without_gradients
 from runtime import choose_device
-from sample import choose, complete_stories, seeded, uniform
+from sample import choose, generate, read, seeded, uniform
 from sources import fables
 
 
@@ -152,9 +153,24 @@ FACT_STORIES = 120      # held-out stories in which facts are looked for, at mos
 STORY_LENGTH = 400      # tokens of a generated story, at most
 
 
+def rnn_stories(networks, initial_memory, count, temperature, seed):
+    """`count` stories, a list of str, without separators."""
+    start = torch.full((count, 1), fables.SEPARATOR, device=initial_memory.device)
+    memory = read(networks, initial_memory.expand(count, -1, -1), start)
+    tokens = generate(networks, memory, temperature, 0, seeded(seed, count))
+    rows, ended = [], torch.zeros(count, dtype=torch.bool)
+    for token in itertools.islice(tokens, STORY_LENGTH):
+        rows.append(token.cpu())
+        ended |= rows[-1] == fables.SEPARATOR
+        if ended.all():
+            break
+    rows = torch.stack(rows, dim=1).tolist()
+    return [bytes(row).split(b"\0")[0].decode("ascii", "replace") for row in rows]
+
+
 @torch.inference_mode()
 def baseline_stories(module, count, temperature, seed):
-    """sample.complete_stories for a baseline, which reads the whole story anew for each token of it."""
+    """The same by a baseline, which reads the whole story anew for each token of it."""
     rows = torch.zeros(count, 1, dtype=torch.long, device=module.head.weight.device)
     alive = torch.arange(count, device=rows.device)
     numbers = uniform(seeded(seed, count), rows.device)
@@ -204,7 +220,7 @@ def count_facts(run, x, config):
     """{fact: {"mentioned": generated stories, "kept": those where it is what was told, and fact_losses}}."""
     flags = config.num_samples, config.temperature, config.seed
     if run.baseline is None:
-        stories = complete_stories(run.networks, run.initial_memory, *flags, longest=STORY_LENGTH)
+        stories = rnn_stories(run.networks, run.initial_memory, *flags)
     else:
         stories = baseline_stories(run.baseline, *flags)
     kept, losses = [fables.kept(story) for story in stories], fact_losses(run, x[:FACT_STORIES])

@@ -10,6 +10,7 @@ import torch
 from conftest import QUICK, call, randomise, refused, trained
 
 import evaluate
+import sample
 from data import Data, Split
 from experiments import figures, report, train_baseline
 from experiments.report import Trained, fact_losses, facts_table, ngram_losses
@@ -188,13 +189,21 @@ def test_fact_losses_of_a_baseline_are_those_of_its_own_letters(model):
         assert found[fact] == pytest.approx({"rnn": sum(losses) / len(losses)}, rel=1e-4)
 
 
+def test_a_story_of_the_rnn_ends_where_the_model_ends_it(monkeypatch):
+    columns = iter(torch.tensor([[*b"One.", 0, 0, 0], [*b"Three", *b".", 0]]).T)
+    monkeypatch.setattr(sample, "choose", lambda *_: next(columns))
+    sizes = ModelConfig(d_model=8, n_heads=2, memory_tokens=2)
+    networks = build(sizes, fables.VOCAB_SIZE, ("updater", "readout"))
+    assert report.rnn_stories(networks, torch.randn(2, 8), 2, 1.0, 0) == ["One.", "Three."]
+
+
 def test_stories_are_counted_by_what_they_come_back_to(monkeypatch):
     """One story is the grammar's own; one ends with another hero; one never comes to its end."""
     (story,) = fables.draw(np.random.default_rng(1), 1)
     (hero,) = {fables.facts(story)["hero"]}
     *before, last = fables.sentences(story)
     wrong = " ".join([*before, last.replace(hero, "Zoe")])
-    monkeypatch.setattr(report, "complete_stories", lambda *_, **__: [story, wrong, story[:40]])
+    monkeypatch.setattr(report, "rnn_stories", lambda *_: [story, wrong, story[:40]])
     monkeypatch.setattr(report, "fact_losses", lambda run, x: {"hero": {"0 back": 1.5, "rnn": 2.25}})
     run = Trained("a", Path("none"), {"stage": "smt"}, None, {}, None)
     facts = report.count_facts(run, torch.zeros(1, 1), report.Config())
