@@ -33,6 +33,7 @@ from tqdm import tqdm
 from lib.checkpoints import check_data, load, load_weights, write_atomically
 from lib.cli import STOPS, DataError, Stopped, UsageError, check_fields
 from lib.compiler import compile_failure
+from lib.graphs import Bound
 
 LOG_LINES = 16      # of the training loss, from one evaluation to the next
 
@@ -365,26 +366,15 @@ def read_log(path):
 # ------------------------------------------------------------------------------------------------------------
 # Several processes, compilation
 
-class LossModule(torch.nn.Module):
-    """The networks and their loss as one module, for DDP and torch.compile: forward returns the loss."""
-
-    def __init__(self, networks, loss):
-        super().__init__()
-        self.networks, self.loss = networks, loss
-
-    def forward(self, *args):
-        return self.loss(self.networks, *args)
-
-
 def distribute(networks, loss, run, parts=(), graphs=False):
-    """LossModule, wrapped for DDP where there are several processes and compiled where --compile says so.
+    """The networks and their loss as one module: under DDP with several processes; compiled with --compile.
 
     parts: names of networks to compile instead of the whole, for a loss that calls them so often that it
     compiles for too long. graphs: on CUDA, forward and backward as one CUDA graph, of which the CPU launches
     the kernels at once; with one process and one micro-batch only, because the next launch overwrites the
     gradients. Not for DMT: replays of the roll-outs' own graphs then failed (illegal access).
     """
-    module = LossModule(networks, loss)
+    module = Bound(loss, networks)
     for name in parts if run.compile else ():
         networks[name].compile(dynamic=False)
     if run.world_size > 1:

@@ -55,14 +55,14 @@ def report(error):
 
 
 class Bound(torch.nn.Module):
-    """function(module, ...) as a module, of which make_graphed_callables finds the parameters."""
+    """function(module, ...) as a module: DDP and CUDA graphs find the parameters in it."""
 
     def __init__(self, function, module):
         super().__init__()
         self.function, self.module = function, module
 
-    def forward(self, *tensors):
-        return self.function(self.module, *tensors)
+    def forward(self, *arguments):
+        return self.function(self.module, *arguments)
 
 
 def captured_with_gradients(function, module, inputs):

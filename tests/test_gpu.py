@@ -179,7 +179,7 @@ def test_a_loss_is_one_graph_which_a_second_step_does_not_compile_again(name):
         loss = partial(train_dmt.dmt_loss, config=train_dmt.Config())
     else:
         loss = partial(train_smt.smt_loss, config=config)
-    module = runtime.LossModule(networks, loss)
+    module = graphs.Bound(loss, networks)
     whole = torch.compile(module, dynamic=False, fullgraph=True, backend=count)
     for seed in range(3):
         torch.manual_seed(seed)

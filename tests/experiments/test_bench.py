@@ -10,6 +10,7 @@ import model
 import runtime
 import train_smt
 from experiments import bench
+from lib import graphs
 from lib.optim import make_optimizers, optimizer_step
 
 RNN = dict(d_model=8, n_heads=2, memory_tokens=2, updater_layers=1, decoder_layers=1)
@@ -65,7 +66,7 @@ def test_a_step_is_the_loss_of_the_stage_and_an_optimiser_step(data_dir, monkeyp
     data, config, built = datasets.load("fables", data_dir), config_of("smt"), []
     run = runtime.Run(config, "smt", torch.device("cpu"), 0, 1, data_dir, False, False)
     monkeypatch.setattr(runtime, "distribute", lambda networks, loss, *_, **__: built.append(networks)
-                        or runtime.LossModule(networks, loss))
+                        or graphs.Bound(loss, networks))
     step, tokens = bench.training("smt", config, config, data, run)
     torch.manual_seed(0)
     step(3)
