@@ -303,8 +303,8 @@ EXPERIMENTS = {
         "Does it hold on documents longer than those of training?", 45, 2, length_runs,
         BOTH, tables.against("val_rnn_accuracy", "val_rnn_loss"), measure_lengths),
     "tinystories": Experiment(
-        "Which method models text best, in the same time?", 150, 3,
-        partial(against_baselines, {"tinystories": ("", "")}),
+        "Which method models text best, in the same time?", 120, 3,
+        partial(compare, "tinystories", baselines=BASELINES, rates=()),
         ("val_rnn_loss", *COST, "lr"), tables.curves(COST, ["val_rnn_loss"])),
     "pixels": Experiment(
         "Does it hold over 784 steps?", 45, 1, pixels_runs,
