@@ -59,7 +59,7 @@ for task in TASKS:
 PRESETS["tiny/keyvalue"] = PRESETS["small/keyvalue"] = TASK | dict(memory_tokens=8)
 
 
-def unroll(updater, memory, x, truncate=0, graphs=None):
+def unroll(updater, memory, x, truncate=0, graphs=()):
     """The memories after each token of x (B, T), from memory (B, K, d) -> (B, T, K, d).
 
     A window has `truncate` tokens, and no gradient passes from one to another; with truncate=0 it has
@@ -75,9 +75,9 @@ def unroll(updater, memory, x, truncate=0, graphs=None):
 
 def capture(updater, config, run, T):
     """CUDA graphs of the windows of `unroll`, for micro-batches of rows of T tokens: a launch each instead of
-    thousands. None on other devices, and with several processes."""
+    thousands. () on other devices, and with several processes."""
     if run.world_size > 1:
-        return None
+        return ()
     x = torch.zeros(config.batch_size // config.grad_accum, T, dtype=torch.long, device=run.device)
     memory = torch.ones(len(x), config.memory_tokens, config.d_model, device=run.device)
     windows = x.split(config.truncate or GRAPH_STEPS, dim=1)
@@ -86,7 +86,7 @@ def capture(updater, config, run, T):
         return captured_with_gradients(roll_out, updater, inputs)
 
 
-def bptt_loss(networks, x, y, count, truncate=0, graphs=None):
+def bptt_loss(networks, x, y, count, truncate=0, graphs=()):
     """CE(g(m_t), y_t) with m_t = f(m_{t-1}, x_t) from a learned m_{-1}, through all steps or `truncate`.
 
     x, y (B, T). A sum over these rows divided by the `count` of targets of the global batch.

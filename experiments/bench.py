@@ -129,7 +129,7 @@ def training(stage, config, smt_config, data, run):
         else:
             rows, shared = (x, y), ((y != IGNORE).sum(),)
         if stage == "bptt" and i == 0:
-            captured.extend(train_bptt.capture(networks["updater"], config, run, T) or ())
+            captured.extend(train_bptt.capture(networks["updater"], config, run, T))
         for micro in zip(*(part.chunk(config.grad_accum) for part in rows)):
             with run.autocast(cache=stage != "bptt"):
                 loss, _ = module(*micro, *shared)

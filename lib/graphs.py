@@ -71,11 +71,11 @@ def captured_with_gradients(function, module, inputs):
     inputs: tuples of sample tensors, whose shapes and types stay. The calls share memory: make all of them in
     this order, each once, then go backward. A result lasts until the same call is made again. The caller
     enters autocast, without its cache. As for `captured`, parameters may change in place only, and function
-    must not synchronise or draw random numbers. None on devices without graphs; also, with a line on stderr,
+    must not synchronise or draw random numbers. () on devices without graphs; also, with a line on stderr,
     where the capture fails.
     """
     if inputs[0][0].device.type != GRAPH_DEVICE:
-        return None
+        return ()
     modules = tuple(Bound(function, module) for _ in inputs)
     try:
         with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def captured_with_gradients(function, module, inputs):
             calls = torch.cuda.make_graphed_callables(modules, tuple(inputs))
     except RuntimeError as error:
         report(error)
-        return None
+        return ()
     for p in module.parameters():
         p.register_hook(torch.clone)        # the next replay writes to the gradients that this one returned
     return calls

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -277,14 +278,22 @@ def test_a_capture_that_fails_leaves_the_plain_function_and_one_line(monkeypatch
     assert "not permitted" in lines[0] and "and more" not in lines[0]
 
 
-def test_a_capture_that_runs_out_of_memory_is_not_hidden(monkeypatch):
-    def capture(function, module, tensors):
-        raise torch.OutOfMemoryError("out of memory")
+@pytest.mark.parametrize("broken", [False, True], ids=["at once", "behind the error of a broken capture"])
+def test_a_capture_that_runs_out_of_memory_is_not_hidden(broken, monkeypatch):
+    def capture(*_):
+        try:
+            raise torch.OutOfMemoryError("out of memory")
+        finally:
+            if broken:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(graphs, "GRAPH_DEVICE", "cpu")
     with pytest.raises(torch.OutOfMemoryError):
         graphs.captured(double)(torch.nn.Linear(3, 3), torch.randn(2, 3))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.captured_with_gradients(double, torch.nn.Linear(3, 3), [(torch.randn(2, 3),)])
 
 
 def graphed_on_a_cpu(modules, inputs):
@@ -348,9 +357,10 @@ def test_unrolled_by_cuda_graphs_losses_and_summed_gradients_are_those_of_the_pl
             found += [p.grad.clone() for p in networks.parameters()]
         return found
 
-    expected, captured = train(None), train_bptt.capture(networks["updater"], config, run, T)
+    expected, captured = train(()), train_bptt.capture(networks["updater"], config, run, T)
     if steps == 4:
         assert len(captured) == windows
+    assert train_bptt.capture(networks["updater"], config, replace(run, world_size=2), T) == ()
     for value, other in zip(train(captured), expected, strict=True):
         torch.testing.assert_close(value, other, rtol=tolerance, atol=tolerance / 10)
 
@@ -361,7 +371,7 @@ def test_a_training_graph_that_cannot_be_captured_leaves_the_plain_loop_and_one_
 
     monkeypatch.setattr(graphs, "GRAPH_DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
-    assert graphs.captured_with_gradients(double, torch.nn.Linear(3, 3), [(torch.randn(2, 3),)]) is None
+    assert graphs.captured_with_gradients(double, torch.nn.Linear(3, 3), [(torch.randn(2, 3),)]) == ()
     assert capsys.readouterr().err.endswith("not permitted when stream is capturing\n")
 
 
