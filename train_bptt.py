@@ -75,15 +75,18 @@ def unroll(updater, memory, x, truncate=0, graphs=()):
 
 def capture(updater, config, run, T):
     """CUDA graphs of the windows of `unroll`, for micro-batches of rows of T tokens: a launch each instead of
-    thousands. () on other devices, and with several processes."""
+    thousands. () on other devices, with several processes, and for many windows."""
+    def roll(*inputs):
+        with run.autocast(cache=False):
+            return roll_out(*inputs)
+
     if run.world_size > 1:
         return ()
     x = torch.zeros(config.batch_size // config.grad_accum, T, dtype=torch.long, device=run.device)
     memory = torch.ones(len(x), config.memory_tokens, config.d_model, device=run.device)
     windows = x.split(config.truncate or GRAPH_STEPS, dim=1)
     inputs = [(memory.clone().requires_grad_(), window.clone()) for window in windows]
-    with run.autocast(cache=False):
-        return captured_with_gradients(roll_out, updater, inputs)
+    return captured_with_gradients(roll, updater, inputs)
 
 
 def bptt_loss(networks, x, y, count, truncate=0, graphs=()):

@@ -2,6 +2,7 @@
 import signal
 
 import torch
+from torch._functorch import config as functorch_config
 
 from lib.cli import STOPS
 
@@ -11,6 +12,8 @@ COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT ha
 def compile_failure(device):
     """Why torch.compile fails here, in a line, "" if it works: it needs a C++ compiler, on CUDA Triton."""
     torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
+    if hasattr(functorch_config, "backward_pass_autocast"):     # the scripts go backward outside of autocast
+        functorch_config.backward_pass_autocast = "off"
     try:
         if device.type == "cuda":
             start_compile_workers()

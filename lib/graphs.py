@@ -6,6 +6,7 @@ import weakref
 import torch
 
 GRAPH_DEVICE = "cuda"   # the kind of device that has CUDA graphs
+MOST_GRAPHS = 32        # graphs of a training step: each holds gradients of all parameters
 
 
 def captured(function):
@@ -69,12 +70,12 @@ def captured_with_gradients(function, module, inputs):
     """Calls of function(module, *tensors), one for each of inputs: a CUDA graph each, forward and backward.
 
     inputs: tuples of sample tensors, whose shapes and types stay. The calls share memory: make all of them in
-    this order, each once, then go backward. A result lasts until the same call is made again. The caller
-    enters autocast, without its cache. As for `captured`, parameters may change in place only, and function
-    must not synchronise or draw random numbers. () on devices without graphs; also, with a line on stderr,
-    where the capture fails.
+    this order, each once, then go backward. A result lasts until the same call is made again. function
+    enters autocast, without its cache: the backward pass is to run outside. As for `captured`, parameters may
+    change in place only, and function must not synchronise or draw random numbers. () on devices without
+    graphs and for more than MOST_GRAPHS calls; also, with a line on stderr, where the capture fails.
     """
-    if inputs[0][0].device.type != GRAPH_DEVICE:
+    if inputs[0][0].device.type != GRAPH_DEVICE or len(inputs) > MOST_GRAPHS:
         return ()
     modules = tuple(Bound(function, module) for _ in inputs)
     try:

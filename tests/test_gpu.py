@@ -29,6 +29,7 @@ import train_bptt
 import train_dmt
 import train_smt
 from lib import graphs, optim
+from lib.compiler import compile_failure
 from model import IGNORE
 
 ROOT = Path(train_smt.__file__).parent
@@ -363,6 +364,50 @@ def test_unrolled_by_cuda_graphs_losses_and_summed_gradients_are_those_of_the_pl
     assert train_bptt.capture(networks["updater"], config, replace(run, world_size=2), T) == ()
     for value, other in zip(train(captured), expected, strict=True):
         torch.testing.assert_close(value, other, rtol=tolerance, atol=tolerance / 10)
+
+
+@pytest.mark.parametrize("how", ["captured", "compiled"])
+def test_the_backward_pass_of_a_gru_stays_in_float32_when_its_forward_pass_is_in_autocast(
+        how, monkeypatch, tmp_path):
+    def bf16(run=None, cache=True):
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=cache)
+
+    found = []
+
+    def make_graphed_callables(modules, inputs):                # as torch: back where it is called
+        for module, (memory, x) in zip(modules, inputs, strict=True):
+            found.append(torch.autograd.grad(module(memory, x).sum(), memory)[0])
+        return modules
+
+    monkeypatch.setattr(graphs, "GRAPH_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(runtime.Run, "autocast", bf16)
+    config = train_bptt.Config(batch_size=B, d_model=16, n_heads=2, memory_tokens=3, updater="gru")
+    run = runtime.Run(config, "bptt", torch.device("cpu"), 0, 1, tmp_path, resume=False, compile=False)
+    updater = randomise(model.Updater(config, V), std=0.3).float()
+    memory = torch.ones(B, 3, 16, requires_grad=True)
+    x = torch.zeros(B, T, dtype=torch.long)
+    if how == "captured":
+        assert train_bptt.capture(updater, config, run, T)
+    else:
+        torch._dynamo.reset()
+        assert not compile_failure(run.device)
+        compiled = torch.compile(partial(model.roll_out, updater), backend="aot_eager", dynamic=False)
+        with bf16():
+            output = compiled(memory, x)
+        found += torch.autograd.grad(output.sum(), memory)
+    expected, = torch.autograd.grad(model.roll_out(updater, memory, x).sum(), memory)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_very_many_windows_are_unrolled_without_graphs(monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs, "GRAPH_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed_on_a_cpu)
+    updater = model.Updater(model.RNNConfig(d_model=16, n_heads=2, memory_tokens=3), V)
+    for truncate, windows in ((2, 32), (1, 0)):
+        config = train_bptt.Config(d_model=16, n_heads=2, memory_tokens=3, truncate=truncate)
+        run = runtime.Run(config, "bptt", torch.device("cpu"), 0, 1, tmp_path, resume=False, compile=False)
+        assert len(train_bptt.capture(updater, config, run, 64)) == windows
 
 
 def test_a_training_graph_that_cannot_be_captured_leaves_the_plain_loop_and_one_line(monkeypatch, capsys):
