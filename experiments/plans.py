@@ -39,8 +39,8 @@ TASKS = {                       # name in DATA: (flags of SMT, flags of DMT)
 HARDER = {"keyvalue 2": ("", ""), "stack 64": ("", ""), "modular 7": ("", ""),
           "copy 10": ("", "--max_iters=2000"), "retrieval 128": ("--future_len=128", "--max_iters=150")}
 SHORT = ("--max_iters=1000 --trunk_iters=400", "--max_iters=250")       # of fables, where the runs are many
-KINDS = {"mlp": "--updater=mlp", "gru": "--updater=gru",
-         "transformer": "--updater=transformer --updater_layers=2"}
+KINDS = {"gru": "--updater=gru", "transformer": "--updater=transformer --updater_layers=2",
+         "mlp": "--updater=mlp"}
 SMT_CHANGES = ("--lambda_dyn=0.01", "--lambda_dyn=1", "--lambda_unif=0", "--future_len=1", "--future_len=4",
                "--future_len=12", "--trunk_iters=0", "--conv_width=1", "--optimizer=adamw")    # one at a time
 DMT_CHANGES = ("--lambda_dyn=10", "--optimizer=adamw")
