@@ -285,7 +285,7 @@ EXPERIMENTS = {
         "Does it depend on the kind of RNN?", 30, 2, updaters_runs,
         (*BOTH, "val_drift", "seconds"), tables.dots("val_rnn_loss", apart=True)),
     "ablation": Experiment(
-        "What does each part of SMT and DMT contribute?", 20, 2, ablation_runs,
+        "What does each part of SMT and DMT contribute?", 25, 2, ablation_runs,
         (*BOTH, *MEMORY), tables.dots("val_rnn_loss", "val_drift", apart=True)),
     "encoders": Experiment(
         "One window for each memory, or many memories from one pass?", 15, 1, encoders_runs,
