@@ -46,9 +46,8 @@ import train_dmt
 import train_smt
 from experiments import train_baseline
 from experiments.flops import chain
-from lib import graphs
+from lib import compiler, graphs
 from lib.cli import UsageError, check_fields, parse, run_main
-from lib.compiler import COMPILED_SHAPES
 from lib.optim import make_optimizers, optimizer_step
 from model import IGNORE
 from sources.prepare import GENERATED, ensure
@@ -284,7 +283,7 @@ def main():
     device = runtime.choose_device(config.device)
     if device.type not in MATRIX:
         raise UsageError(f"--device is auto, cpu, cuda or cuda:N, not {config.device}")
-    torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
+    compiler.configure()
     ensure(config.dataset, config.data_dir)
     steps, work = prepare(config, device)
     rows = summarise(repeat(steps, device, config.rounds), work)

@@ -9,11 +9,16 @@ from lib.cli import STOPS
 COMPILED_SHAPES = 32    # past this limit torch.compile compiles no more; DMT has several shapes
 
 
+def configure():
+    """Set torch.compile's options: number of shapes, and a backward pass outside of autocast."""
+    torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
+    if hasattr(functorch_config, "backward_pass_autocast"):     # not in every version
+        functorch_config.backward_pass_autocast = "off"
+
+
 def compile_failure(device):
     """Why torch.compile fails here, in a line, "" if it works: it needs a C++ compiler, on CUDA Triton."""
-    torch._dynamo.config.cache_size_limit = COMPILED_SHAPES
-    if hasattr(functorch_config, "backward_pass_autocast"):     # the scripts go backward outside of autocast
-        functorch_config.backward_pass_autocast = "off"
+    configure()
     try:
         if device.type == "cuda":
             start_compile_workers()
