@@ -93,7 +93,10 @@ class Transformer(nn.Module):
 
 
 class LSTM(nn.Module):
-    """torch's fused LSTM of one layer, from a state of zeros. It is trained by BPTT over the whole row."""
+    """torch's fused LSTM of one layer, from a state of zeros. It is trained by BPTT over the whole row.
+
+    It runs in float32: autocast would take cuDNN's LSTM to float16, in which small gradients vanish.
+    """
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -104,7 +107,9 @@ class LSTM(nn.Module):
             nn.init.constant_(bias[config.hidden:2 * config.hidden], forget)        # open
 
     def forward(self, x):
-        return self.head(self.norm(self.lstm(self.embed(x))[0]))
+        with torch.autocast(x.device.type, enabled=False):
+            h = self.lstm(self.embed(x))[0]
+        return self.head(self.norm(h))
 
 
 BASELINES = {"transformer": Transformer, "lstm": LSTM}

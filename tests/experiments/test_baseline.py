@@ -128,6 +128,15 @@ def moved(module, x, i, other):
     return (module(perturbed) - module(x))[0].abs().amax(-1)
 
 
+def test_an_lstm_runs_in_float32_whatever_the_autocast():
+    module, x = networks_for("lstm")["lstm"].float(), batch()[0]
+    states, expected = [], module.lstm(module.embed(x))[0]
+    module.lstm.register_forward_hook(lambda lstm, inputs, outputs: states.append(outputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+    assert torch.equal(states[0], expected)
+
+
 @MODELS
 def test_no_logits_see_the_token_that_they_predict_or_a_later_one(model):
     """Logits t predict y_t = x_{t+1}."""
