@@ -69,7 +69,7 @@ class Split:
     device: torch.device = torch.device("cpu")
 
     def to(self, device):
-        """The split with rows on a device, where its tokens go, too, if they take at most a quarter of it."""
+        """Rows on a device; the tokens go there, too, if they take at most a quarter of what is free."""
         streams = self.tokens, self.targets
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         if sum(stream.nbytes for stream in streams if stream is not None) <= free / 4:
@@ -140,8 +140,6 @@ def sample_batch(data, seed, step, batch_size, seq_len, n_positions, p_start, ra
     rows are whole documents. Returns x, y (batch_size / world_size, seq_len) int64 on the device of the rows,
     and the positions t (n_positions,) int64 of the step, in random order, distinct if they can be.
     """
-    if batch_size % world_size:
-        raise UsageError(f"--batch_size={batch_size} must be a multiple of {world_size} processes")
     starts, n_tokens, documents = data.train.starts, len(data.train.tokens), data.meta["kind"] != "text"
     rng = philox(seed, step, "batch")
     if n_positions <= seq_len:

@@ -4,8 +4,7 @@
     python evaluate.py --dataset=tinystories
     python evaluate.py --ckpt=runs/retrieval-smt,runs/retrieval-dmt --eval_docs=1000
 
-A number is followed by its standard error over the held-out documents. The train scripts log the same
-numbers:
+A number is followed by its standard error over the documents. The train scripts log the same numbers:
 
     val_rnn_loss, _accuracy      updater and readout alone, rolled out from m_empty: the result; nats
     val_teacher_loss, _accuracy  the encoder, then the decoder's first target
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import data as datasets
 from lib.checkpoints import check_data, load_each, restore
 from lib.cli import UsageError, check_fields, parse, run_main
-from model import IGNORE, roll_out_without_gradients
+from model import CHUNK_ROWS, IGNORE, roll_out_without_gradients
 from runtime import choose_device
 
 
@@ -125,7 +124,8 @@ def measure(networks, initial_memory, x, y, t, rows=16):
         memory = roll_out_without_gradients(networks["updater"], start, part)
         memories.append(memory[:, t])
         memory = memory[:, targets]
-        logits.append(networks["readout"](memory.flatten(0, 1)).float().view(*memory.shape[:2], -1))
+        parts = [networks["readout"](m).float() for m in memory.flatten(0, 1).split(CHUNK_ROWS)]
+        logits.append(torch.cat(parts).view(*memory.shape[:2], -1))
     measured = loss_and_accuracy("rnn", torch.cat(logits), y[:, targets])
     if "encoder" not in networks or not len(t):
         return measured
@@ -178,6 +178,7 @@ def numbers_of(measured, meta, errors=False):
         numbers |= {f"val_{name}_error": standard_error(*pair) for name, pair in measured.items()}
     if "statistics" in meta:
         numbers["val_gap_to_floor"] = numbers["val_rnn_loss"] - meta["statistics"]["entropy_per_character"]
+        numbers |= {"val_gap_to_floor_error": numbers["val_rnn_loss_error"]} if errors else {}
     return numbers
 
 

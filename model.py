@@ -411,12 +411,13 @@ class CausalEncoder(nn.Module):
         return e, self.transformer(e, lambda q, k, v: attend_to_last(q, k, v, self.context_len + 1))
 
     def forward(self, x, t, trunk=None):
-        """trunk: of x, where it is computed already."""
+        """trunk: self.trunk(x), where the caller has it already."""
         e, h = self.trunk(x) if trunk is None else trunk
         h, end = normalise(h), (t + 1).to(h.device)                                  # x_t has the index t + 1
         with torch.autocast(h.device.type, enabled=False):      # bf16 rounds small gates
             e = at_least_float32(e)
             gate = self.gate(h).transpose(1, 2)                                         # logits (B, K-1, T+1)
+            # the weights without prod_{i <= t} (1 - g_i), which all j share: normalise cancels it
             log_weight = F.logsigmoid(gate) - F.logsigmoid(-gate).cumsum(2)    # g_j / prod_{i <= j} (1 - g_i)
             past = torch.arange(h.shape[1], device=h.device) <= end[:, None]            # (S, T+1)
             weight = log_weight[:, :, None].masked_fill(~past, -torch.inf).softmax(-1)      # (B, K-1, S, T+1)

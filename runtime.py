@@ -6,7 +6,7 @@ Nothing in here knows what a memory is. A train script uses it in this order:
     run = runtime.start(config, "smt")                      device, precision, processes
     module = runtime.distribute(networks, loss, run)        a module that returns the loss: DDP, torch.compile
     first_step = runtime.begin(run, data, networks, ...)    --resume or --init_from, the run's folder, signals
-    run.count(losses), run.log_training(step, ...)          one JSON object a line in metrics.jsonl
+    run.accumulate(losses), run.log_training(step, ...)     one JSON object a line in metrics.jsonl
     runtime.save(run, step, numbers, ...)                   the checkpoint; then the evaluation's line
     run.end(step)                                           the exit status of a run that was stopped
 """
@@ -57,7 +57,7 @@ class RunConfig:
     grad_accum: int = 1         # micro-batches per step and process; saves memory
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    decay: float = 1.0          # last share of the steps (SMT: of those after the trunk's): the rate falls
+    decay: float = 1.0          # share of the steps (SMT: after the trunk's), at the end, in which it falls
     weight_decay: float = 0.01  # of matrices, but not of embeddings
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on
@@ -117,22 +117,22 @@ class Run:
             return nullcontext()
         return torch.autocast("cuda", torch.bfloat16, cache_enabled=cache)
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """The sum of a tensor over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, networks):
+    def all_reduce_gradients(self, networks):
         """Sum the gradients over all processes where a step does without DDP."""
         for p in networks.parameters():
             if p.grad is not None:
-                self.sum(p.grad)
+                self.all_reduce(p.grad)
 
     def should_stop(self, step):
-        """Whether a signal arrived. Processes agree on it in every second step, at a cost."""
+        """Whether a signal arrived. Several processes agree on it, in every second step: they wait for it."""
         if self.world_size > 1 and step % 2 == 0:
-            arrived = self.sum(torch.tensor(self.signal, device=self.device)).item()
+            arrived = self.all_reduce(torch.tensor(self.signal, device=self.device)).item()
             self.signal = self.signal or signal.SIGTERM * (arrived > 0)
         return self.signal > 0 and (self.world_size == 1 or step % 2 == 0)
 
@@ -163,29 +163,28 @@ class Run:
             with open(self.out_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **self.spent, **numbers}) + "\n")
 
-    def count(self, losses):
+    def accumulate(self, losses):
         """Add a micro-batch's losses (tensors) to the sums of the next log line, without synchronising."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach()
 
-    def log_training(self, step, tokens, grad_norm, lr, phase_ends=()):
-        """Call after each step; tokens: what it read. LOG_LINES times from one evaluation to the next, and
-        where a phase or the run ends, log the losses' means over the steps since the last line. DataError if
-        they are not finite."""
+    def log_training(self, step, tokens, grad_norm, lr, phase_end=0):
+        """Call after each step, which read `tokens`. LOG_LINES times between evaluations, and where a phase
+        or the run ends, log the means of the losses since the last line. DataError if they are not finite."""
         self.spent["tokens"] += tokens
-        if self.compile and step - 1 == max(self.first_step, *phase_ends, 0):   # compiling is not training
+        if self.compile and step - 1 == max(self.first_step, phase_end):   # compiling is not training
             self.print(f"compiled in {duration(time.perf_counter() - self.clock)}")
             self.start_clock()
         if self.bar:
             self.bar.update(step - self.bar.n)
-        ends = sorted({*phase_ends, self.config.max_iters})
+        ends = sorted({phase_end, self.config.max_iters})
         log_interval = max(1, min(self.config.eval_interval, self.config.max_iters) // LOG_LINES)
         stopping = self.signal and self.world_size == 1     # several processes have not agreed on it yet
         if step % log_interval and step not in ends and not stopping:
             return
         self.read_clock()
         since, steps = self.since, step - self.since["step"]
-        means = self.sum(torch.stack(list(self.sums.values()))) / steps
+        means = self.all_reduce(torch.stack(list(self.sums.values()))) / steps
         losses = dict(zip(self.sums, means.tolist(), strict=True))
         for name, value in {"loss": losses["train_loss"], "gradient's norm": float(grad_norm)}.items():
             if not math.isfinite(value):
@@ -269,8 +268,7 @@ def start(config, stage):
     if failure:
         run.print(f"note: torch.compile does not work here, the run goes on without: {failure}")
     if config.preset == "paper" and device.type == "cpu":
-        run.print("note: the preset paper is made for a GPU: on 2 CPU cores a step of SMT takes 40 s, all of "
-                  "them 70 days; --preset=tiny takes minutes")
+        run.print("note: the preset paper is for a GPU: 70 days on 2 CPU cores; --preset=tiny takes minutes")
     return run
 
 
@@ -278,13 +276,15 @@ def begin(run, data, networks, optimizers, fixed=()):
     """Start or resume: load the weights asked for, make the run's folder. Returns the first step.
 
     --resume also restores the optimisers and what was spent, and drops the log lines that will be written
-    again. UsageError where a size of the networks or one of the flags `fixed` has changed. Another run in the
-    same folder is moved, not replaced.
+    again. UsageError where --init_from, a size or one of the flags `fixed` has changed; any flag, if torchrun
+    has started the run again. Another run in the same folder is moved, not replaced.
     """
     config, step, lines, flags = run.config, 0, [], dataclasses.asdict(run.config)
     log = run.out_dir / "metrics.jsonl"
     if config.init_from and Path(config.init_from).resolve().is_relative_to(run.out_dir.resolve()):
         raise UsageError(f"--init_from={config.init_from} is where this run writes: choose another --out_dir")
+    if run.all_reduce(torch.tensor(int(run.resume), device=run.device)) not in (0, run.world_size):
+        raise DataError(f"not all machines see {run.checkpoint_path}: to resume they must share the folder")
     if run.resume:
         lock_folder(run)
         checkpoint = load(run.checkpoint_path, run.device)
@@ -292,7 +292,8 @@ def begin(run, data, networks, optimizers, fixed=()):
         was = checkpoint["config"]
         changed = {name: f"--{name}={value}, was {was.get(name)}" for name, value in flags.items()
                    if name != "resume" and was.get(name) != value}
-        for name in changed.keys() & {*fixed, *checkpoint["model_config"]}:
+        fixed = {"init_from", *fixed, *checkpoint["model_config"]}
+        for name in changed if config.resume == "no" else changed.keys() & fixed:   # no: torchrun's restart
             raise UsageError(f"--resume goes on with the same --{name}: {changed[name]}")
         if step > config.max_iters:
             raise UsageError(f"--resume: the run is at step {step}, beyond --max_iters={config.max_iters}")
@@ -307,8 +308,9 @@ def begin(run, data, networks, optimizers, fixed=()):
         except (KeyError, ValueError, TypeError, AttributeError):
             raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
         run.since, run.first_step = {"step": step, **run.spent}, step
-        lines = [line for line in read_log(log)          # the evaluation at this step is made anew
-                if line["step"] < step or line["step"] == step and "train_loss" in line]
+        ended = step == was.get("max_iters") < config.max_iters and step % config.eval_interval > 0
+        lines = [line for line in read_log(log) if line["step"] < step      # without that of a stopped run
+                 or line["step"] == step and ("train_loss" in line or ended)]
         run.print("; ".join([f"resumed at step {step}", *changed.values()]))
     else:
         if config.init_from:

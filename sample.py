@@ -2,13 +2,12 @@
 
     python sample.py                                      # fables, the most finished run
     python sample.py --dataset=tinystories --prompt="Once upon a time" --num_samples=3 --temperature=0.7
-    python sample.py --dataset=mnist --num_samples=64     # a grid of pictures
+    python sample.py --dataset=mnist                      # a grid of pictures
     python sample.py --dataset=mnist --prompt=digit.png --keep=0.5      # complete the upper half
     python sample.py --dataset=mnist --prompt=held-out    # complete held-out pictures, beside the truth
     python sample.py --dataset=retrieval                  # question, answer, truth
 
-Only the updater and the readout run, from m_empty on: time and memory for a token do not depend on how many
-came before.
+Only updater and readout run, from m_empty on: a token costs the same however many came before.
 """
 import functools
 import itertools
@@ -162,7 +161,8 @@ def paint(networks, initial_memory, meta, config, path):
     if config.prompt == "held-out":
         whole, _ = datasets.held_out(load_data(meta, config), n, length, config.seed)
     elif config.prompt:
-        whole = torch.tensor(pictures.read_picture(config.prompt, meta)).long().expand(n, -1)
+        picture = pictures.read_picture(Path(config.prompt).expanduser(), meta)
+        whole = torch.tensor(picture).long().expand(n, -1)
     else:
         whole = torch.full((n, length), meta["first_token"])
     tokens = complete(networks, initial_memory, whole[:, :n_given].to(device), length, config).cpu()

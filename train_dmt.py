@@ -34,7 +34,7 @@ class Config(RunConfig):
     horizon: int = 0                # tokens of a roll-out; a row has T // horizon of them; 0: the whole row
     label_stride: int = 1           # steps from one label of the encoder to the next
     seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
-    p_start: float = 0.5            # text: share of rows from a document's start; all: of steps rolled from 0
+    p_start: float = 0.5            # share of steps from token 0; text: of rows from a document's start
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):
@@ -61,38 +61,38 @@ PRESETS["tiny/retrieval"] = PRESETS["small/retrieval"] = TASK | dict(max_iters=1
 # ------------------------------------------------------------------------------------------------------------
 # The three steps
 
-def choose_steps(config, step, T, h):
-    """The beginnings (n,) of the roll-outs of h tokens, and which steps (R,) of a roll-out get a label.
+def choose_steps(config, step, T, horizon):
+    """The beginnings (n,) of the roll-outs, and which of the steps 0..horizon-1 (R,) of each get a label.
 
     Roll-outs lie one after the other, the first at 0 with probability p_start, else anywhere. A pure function
     of (seed, step).
     """
-    rng, n, stride = philox(config.seed, step, "roll-out"), T // h, min(config.label_stride, h)
-    begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * h + 1))
-    labelled = torch.arange(int(rng.integers(stride)), h, stride)[:h // stride]     # as many in every step
-    return begin + h * torch.arange(n), labelled
+    rng, n, stride = philox(config.seed, step, "roll-out"), T // horizon, min(config.label_stride, horizon)
+    begin = 0 if rng.random() < config.p_start else int(rng.integers(T - n * horizon + 1))
+    labelled = stride * torch.arange(horizon // stride)             # as many in every step
+    return begin + horizon * torch.arange(n), labelled + int(rng.integers(horizon - int(labelled[-1])))
 
 
 @torch.no_grad()
-def roll_out_and_label(encoder, updater, x, begins, h, labelled):
-    """Steps 1 and 2 on rows x (B, T): run f over x[begin:begin+h] for each of n `begins`, ask E for labels.
+def roll_out_and_label(encoder, updater, x, begins, horizon, labelled):
+    """Steps 1 and 2 on rows x (B, T): run f over `horizon` tokens from each of n `begins`, ask E for labels.
 
     A roll-out starts from the encoder's memory just before it (m_empty at 0). labelled (R,): the steps of a
-    roll-out, 0..h-1, that get a label. Returns (B n, R, K, d) each, a row's n roll-outs side by side: the
-    memory before each labelled step, m_hat_{t-1}, and the step's label m_t.
+    roll-out, 0..horizon-1, that get a label. Returns (B n, R, K, d) each, a row's n roll-outs side by side:
+    the memory before each labelled step, m_hat_{t-1}, and the step's label m_t.
     """
     t = (begins[:, None] + labelled).flatten()
     memories = encoder(x, torch.cat([begins - 1, t]))     # the causal encoder reads the row once
     start, labels = memories.split([len(begins), len(t)], dim=1)
     start = start.flatten(0, 1)
-    after = roll_out_without_gradients(updater, start, cut(x, begins, h))
-    before = torch.cat([start[:, None], after], dim=1)[:, labelled]
+    m_hat = roll_out_without_gradients(updater, start, cut(x, begins, horizon))
+    before = torch.cat([start[:, None], m_hat], dim=1)[:, labelled]
     return before, labels.unflatten(1, (len(begins), -1)).flatten(0, 1)
 
 
-def cut(x, begins, h):
-    """x[:, begin:begin + h] for each of n `begins`, side by side. (B, T) -> (B n, h)"""
-    return x[:, begins[:, None] + torch.arange(h, device=x.device)].flatten(0, 1)
+def cut(x, begins, length):
+    """x[:, begin:begin + length] for each of n `begins`, side by side. (B, T) -> (B n, length)"""
+    return x[:, begins[:, None] + torch.arange(length, device=x.device)].flatten(0, 1)
 
 
 def count_terms(x, y, pad):
@@ -135,14 +135,14 @@ def main():
     data = datasets.load(config.dataset, config.data_dir).to(run.device)
     val_x, val_y = datasets.held_out(data, config.eval_docs)
 
-    source = load(run.checkpoint_path if run.resume else config.init_from, run.device)
+    source = load(run.checkpoint_path if run.resume else config.init_from)
     model_config, networks, initial_memory = restore(source, run.device)
     if "encoder" not in networks:
         raise UsageError("DMT takes its labels from an encoder: --init_from must be of SMT or DMT")
     config = replace(config, seq_len=config.seq_len or source["config"]["seq_len"])
     run.config = config                                 # what is saved: --resume finds the length there
     T = datasets.row_length(data, config.seq_len)
-    h = min(config.horizon or T, T)
+    horizon = min(config.horizon or T, T)
     networks.requires_grad_(False)
     for name in ("updater", "readout"):
         networks[name].requires_grad_()
@@ -168,25 +168,25 @@ def main():
 
         x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start,
                                         run.rank, run.world_size)
-        chosen = choose_steps(config, step, T, h)
+        chosen = choose_steps(config, step, T, horizon)
         begins, labelled = (steps.to(run.device, non_blocking=True) for steps in chosen)
         collected = []                       # a part of the rows at a time, which bounds the encoder's memory
         for rows in x.chunk(config.grad_accum):
             with run.autocast():
-                collected.append(roll_out_and_label(encoder, updater, rows, begins, h, labelled))
+                collected.append(roll_out_and_label(encoder, updater, rows, begins, horizon, labelled))
 
-        x, y = (cut(tokens, begins, h)[:, labelled] for tokens in (x, y))
-        counts = run.sum(count_terms(x, y, data.pad))
-        batches = zip(collected, x.chunk(config.grad_accum), y.chunk(config.grad_accum))
+        steps_x, steps_y = (cut(tokens, begins, horizon)[:, labelled] for tokens in (x, y))
+        counts = run.all_reduce(count_terms(steps_x, steps_y, data.pad))
+        batches = zip(collected, steps_x.chunk(config.grad_accum), steps_y.chunk(config.grad_accum))
         for i, ((before, labels), micro_x, micro_y) in enumerate(batches):
             with runtime.micro_step(module, last=i == config.grad_accum - 1):
                 with run.autocast():
                     loss, losses = module(before, labels, micro_x, micro_y, counts)
                 (loss * run.world_size).backward()      # DDP averages over processes; our losses are sums
-            run.count(losses)
+            run.accumulate(losses)
         lr = learning_rate(step, config)
         grad_norm = optimizer_step(optimizers, lr)
-        run.log_training(step + 1, config.batch_size * len(begins) * h, grad_norm, lr)
+        run.log_training(step + 1, config.batch_size * len(begins) * horizon, grad_norm, lr)
     run.end(step)
 
 

@@ -88,7 +88,7 @@ def smt_loss(networks, x, y, t, counts, config):
 
         L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1})
         L_dyn  = MSE(f(m_{t-1}, x_t), m_t)                      its gradients reach E through both memories
-        L_unif = log mean_{a != b} exp(-2 |u_a - u_b|^2)        keeps memory tokens apart from each other
+        L_unif = log mean_{a != b} exp(-2 |u_a - u_b|^2)        keeps memory tokens apart, those of PAD, too
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
@@ -125,8 +125,8 @@ def uniformity(memories):
         return u.new_zeros(())
     n, same = len(u), torch.eye(len(u), dtype=torch.bool, device=u.device)
     with torch.autocast(u.device.type, enabled=False):      # bf16 would be too coarse where tokens are close
-        similarity = (-2 * (2 - 2 * u @ u.T)).masked_fill(same, -torch.inf)
-        return similarity.flatten().logsumexp(0) - math.log(n * (n - 1))
+        exponent = (-2 * (2 - 2 * u @ u.T)).masked_fill(same, -torch.inf)    # |u_a - u_b|^2 = 2 - 2 u_a . u_b
+        return exponent.flatten().logsumexp(0) - math.log(n * (n - 1))
 
 
 def trunk_loss(networks, trunk, y, n_targets):
@@ -154,7 +154,7 @@ def main():
     networks = model.build(config, data.vocab_size).to(run.device)
     optimizers = make_optimizers(networks, config)
     module = runtime.distribute(networks, lambda *batch: smt_loss(*batch, config), run, graphs=True)
-    first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters", "init_from"])
+    first_step = runtime.begin(run, data, networks, optimizers, fixed=["trunk_iters"])
     trunk_end = 0 if config.init_from else config.trunk_iters
 
     run.start_clock()
@@ -173,7 +173,7 @@ def main():
             networks["encoder"].start_decoder(networks["decoder"])
         x, y, t = datasets.sample_batch(data, config.seed, step, config.batch_size, T, config.positions,
                                         config.p_start, run.rank, run.world_size)
-        counts = run.sum(count_terms(x, y, t, config, data.pad))
+        counts = run.all_reduce(count_terms(x, y, t, config, data.pad))
         for i, rows in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             if step < trunk_end:                # without DDP, which waits for the gradients of all networks
                 with run.autocast():
@@ -184,12 +184,12 @@ def main():
                     with run.autocast():
                         loss, losses = module(*rows, t, counts)
                     (loss * run.world_size).backward()      # DDP averages over processes; our losses are sums
-            run.count(losses)
+            run.accumulate(losses)
         if step < trunk_end:
-            run.sum_gradients(networks)
+            run.all_reduce_gradients(networks)
         lr = learning_rate(step, config, begin=trunk_end)
         grad_norm = optimizer_step(optimizers, lr)
-        run.log_training(step + 1, config.batch_size * T, grad_norm, lr, phase_ends=(trunk_end,))
+        run.log_training(step + 1, config.batch_size * T, grad_norm, lr, trunk_end)
     run.end(step)
 
 

@@ -192,13 +192,13 @@ def main():
 
         x, y, _ = datasets.sample_batch(data, config.seed, step, config.batch_size, T, 1, config.p_start,
                                         run.rank, run.world_size)
-        count = run.sum((y != IGNORE).sum())
+        count = run.all_reduce((y != IGNORE).sum())
         for i, (micro_x, micro_y) in enumerate(zip(x.chunk(config.grad_accum), y.chunk(config.grad_accum))):
             with runtime.micro_step(module, last=i == config.grad_accum - 1):
                 with run.autocast():
                     loss, losses = module(micro_x, micro_y, count)
                 (loss * run.world_size).backward()      # DDP averages; our losses are sums
-            run.count(losses)
+            run.accumulate(losses)
         lr = learning_rate(step, config)
         grad_norm = optimizer_step(optimizers, lr)
         run.log_training(step + 1, config.batch_size * T, grad_norm, lr)

@@ -94,9 +94,9 @@ def field_comments(cls):
 
 
 def parse_bool(text):
-    """true/false, yes/no, 1/0 in any case -> bool; ValueError otherwise."""
+    """true/false, yes/no, on/off, 1/0 in any case -> bool; ArgumentTypeError otherwise."""
     if text.lower() not in ("true", "yes", "1", "on", "false", "no", "0", "off"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
     return text.lower() in ("true", "yes", "1", "on")
 
 

@@ -123,6 +123,15 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), torch.OutOfMemoryError("full")])
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(run, monkeypatch, error):
+    def fail(*given, **more):
+        raise error
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        load(run)
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_or_malicious_checkpoint_is_refused_by_every_script(tmp_path, data_dir, run, how):
     content = torch.load(run / "ckpt.pt", weights_only=True)

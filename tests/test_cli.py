@@ -82,6 +82,12 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_truth_value_that_is_none_is_told_what_it_may_be(capsys):
+    with pytest.raises(SystemExit):
+        parse(Some, ["--compile=perhaps"])
+    assert "--compile: true or false, not 'perhaps'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script, arguments, flag", [
     (train_smt, "--d_model=20 --n_heads=4", "--d_model"), (train_smt, "--encoder=bidirectional", "--encoder"),
     (train_smt, "--encoder=causal --memory_tokens=1", "--memory_tokens"),

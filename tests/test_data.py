@@ -8,7 +8,7 @@ import torch
 
 import data
 from data import Data, Split
-from lib.cli import DataError, UsageError
+from lib.cli import DataError
 from model import IGNORE
 from sources.bins import documents_end
 from sources.prepare import prepare
@@ -131,11 +131,6 @@ def test_rows_go_to_the_device_of_the_split_where_its_streams_stay(some, monkeyp
     monkeypatch.setattr(torch.Tensor, "to", watched)
     data.document_rows(split, some.meta, some.train.starts, 5, cut=True)
     assert moved == [(len(some.train.starts), 5)] * 2
-
-
-def test_a_batch_that_the_processes_cannot_share_is_refused():
-    with pytest.raises(UsageError, match="--batch_size=16"):
-        batch(TEXT, rank=0, world_size=3)
 
 
 @ALL

@@ -157,6 +157,16 @@ def test_no_network_gets_more_documents_at_once_than_asked_for():
     assert max(sizes["decoder"] + sizes["readout"]) <= 2 * x.shape[1]
 
 
+def test_the_readout_reads_long_documents_in_parts(monkeypatch):
+    """CUDA's attention refuses large batches."""
+    networks, (x, y), sizes = networks_for(), documents((9,) * 7), []
+    empty = empty_memory(networks["encoder"]).detach()
+    expected = evaluate(networks, empty, x, y, {})
+    monkeypatch.setattr(evaluation, "CHUNK_ROWS", 10)
+    networks["readout"].register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    assert evaluate(networks, empty, x, y, {}) == pytest.approx(expected) and max(sizes) == 10
+
+
 def test_positions_are_spread_over_those_with_targets():
     networks, (x, y) = networks_for(), documents((9, 9))
     places = (y != IGNORE).any(0).nonzero().flatten().tolist()
@@ -251,7 +261,8 @@ def test_checkpoints_stand_side_by_side(data_dir, smt_run, tmp_path):
 
 def test_fables_are_compared_with_their_floor(data_dir, smt_run):
     flags = [f"--ckpt={smt_run('fables')}", f"--data_dir={data_dir}", "--eval_docs=4", "--device=cpu"]
-    assert "val_gap_to_floor" in call(evaluation, *flags).out
+    rows = {line[:24].strip(): line[24:].split() for line in call(evaluation, *flags).out.splitlines()}
+    assert rows["val_gap_to_floor"][1:] == rows["val_rnn_loss"][1:] and rows["val_rnn_loss"][1] == "+-"
 
 
 def test_checkpoints_of_two_data_sets_are_refused(data_dir, smt_run):

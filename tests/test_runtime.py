@@ -20,6 +20,7 @@ import sample
 import train_smt
 from lib import graphs, optim
 from lib.checkpoints import load, newer_source, source_of
+from lib.cli import DataError
 from runtime import RunConfig, read_log
 from sources.prepare import prepare
 
@@ -176,13 +177,48 @@ def test_resume_auto_goes_on_if_there_is_a_run_and_begins_one_if_not(tmp_path, a
 
 
 def test_a_run_that_torchrun_starts_again_resumes_by_itself(tmp_path, arguments, monkeypatch):
+    arguments, step, calls = [*arguments, "--eval_interval=2"], train_smt.optimizer_step, []
+
+    def crashes_once(*some):
+        calls.append(some)
+        if len(calls) == 4:
+            raise RuntimeError("a crash")
+        return step(*some)
+
+    monkeypatch.setattr(train_smt, "optimizer_step", crashes_once)
+    with pytest.raises(RuntimeError, match="a crash"):
+        call(train_smt, *arguments)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    for steps in (2, 4):                                    # the first has nothing to resume
-        trained(train_smt, *arguments, f"--max_iters={steps}")
-    assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3, 4]
+    trained(train_smt, *arguments)
+    assert [line["step"] for line in training_lines(tmp_path / "run")] == [1, 2, 3, 4] and len(calls) == 6
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     trained(train_smt, *arguments, "--max_iters=2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1"]
+
+
+def test_a_run_that_torchrun_starts_again_leaves_the_run_of_another_command_alone(
+        tmp_path, arguments, monkeypatch):
+    trained(train_smt, *arguments)
+    before = files(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    refused(call(train_smt, *arguments, "--seed=5"), 2, "--seed=5")
+    assert files(tmp_path / "run") == before and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_processes_that_do_not_see_the_same_folder_do_not_resume(tmp_path, resume):
+    run = runtime.Run(RunConfig(), "smt", torch.device("cpu"), 0, 2, tmp_path, resume, False)
+    run.all_reduce = lambda resumes: resumes + (not resume)         # the other process has the other answer
+    with pytest.raises(DataError, match="ckpt.pt"):
+        runtime.begin(run, None, torch.nn.ModuleDict(), [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_goes_on_after_its_end_keeps_the_evaluation_there(tmp_path, arguments):
+    for steps in (3, 7):
+        trained(train_smt, *arguments, "--resume=auto", "--eval_interval=2", f"--max_iters={steps}")
+    lines = [line["step"] for line in read_log(tmp_path / "run" / "metrics.jsonl") if "val_rnn_loss" in line]
+    assert lines == [0, 2, 3, 4, 6, 7]
 
 
 @pytest.mark.parametrize("flag", ["--resume=no", "--resume"])
@@ -379,7 +415,7 @@ def two_processes(tmp_path, **more):
     """A Run that counts how often its processes would talk, as if the other one was not told to stop."""
     config, calls = RunConfig(eval_interval=1000), []
     run = runtime.Run(config, "smt", torch.device("cpu"), 0, 2, tmp_path, False, False, **more)
-    run.sum = lambda tensor: calls.append(tensor) or tensor
+    run.all_reduce = lambda tensor: calls.append(tensor) or tensor
     return run, calls
 
 
@@ -390,7 +426,7 @@ def test_several_processes_agree_to_stop_soon_however_seldom_they_log(tmp_path):
 
 def test_a_signal_to_one_of_several_processes_starts_no_exchange_that_the_others_do_not_join(tmp_path):
     run, calls = two_processes(tmp_path, signal=15)
-    run.count({"train_loss": torch.ones(())})
+    run.accumulate({"train_loss": torch.ones(())})
     run.log_training(3, 10, torch.ones(()), 1e-3)
     assert calls == []
 
@@ -399,7 +435,7 @@ def test_a_log_line_has_the_mean_losses_of_the_steps_since_the_last_one(tmp_path
     config = RunConfig(max_iters=100, eval_interval=3 * runtime.LOG_LINES)
     run = runtime.Run(config, "smt", torch.device("cpu"), 0, 1, tmp_path, False, False)
     for step in range(1, 8):
-        run.count({"train_loss": torch.tensor(float(step))})
+        run.accumulate({"train_loss": torch.tensor(float(step))})
         run.log_training(step, 5, torch.ones(()), 1e-3)
     assert [(line["step"], line["train_loss"]) for line in training_lines(tmp_path)] == [(3, 2.0), (6, 5.0)]
 
@@ -408,8 +444,8 @@ def test_the_time_left_is_that_of_the_phase_whose_steps_were_timed(tmp_path, cap
     config = runtime.RunConfig(max_iters=100, eval_interval=1)
     run = runtime.Run(config, "smt", torch.device("cpu"), 0, 1, tmp_path, False, False)
     for step, phase in (10, True), (11, False):
-        run.count({"train_loss": torch.ones(())})
-        run.log_training(step, 5, torch.ones(()), 1e-3, phase_ends=(10,))
+        run.accumulate({"train_loss": torch.ones(())})
+        run.log_training(step, 5, torch.ones(()), 1e-3, phase_end=10)
         assert ("of this phase" in capsys.readouterr().out) == phase
 
 

@@ -225,7 +225,7 @@ def test_completion_keeps_the_given_part_of_a_held_out_picture(tmp_path, ask, da
         assert keep == 1 or not np.array_equal(completed[i][rows:], truth[i][rows:])
 
 
-def test_a_picture_file_is_completed(tmp_path, ask, smt_run, data_dir):
+def test_a_picture_file_is_completed(tmp_path, ask, smt_run, data_dir, monkeypatch):
     pixels = np.random.default_rng(0).integers(256, size=(28, 28), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "digit.png")
     ask("mnist", f"--prompt={tmp_path / 'digit.png'}", "--num_samples=2", "--keep=0.75",
@@ -233,6 +233,8 @@ def test_a_picture_file_is_completed(tmp_path, ask, smt_run, data_dir):
     pictures = cells(tmp_path / "a.png", 2)
     assert all(np.array_equal(picture[:21], pixels[:21]) for picture in pictures)
     assert np.array_equal(pictures[4], pixels) and not np.array_equal(pictures[2], pictures[3])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ask("mnist", "--prompt=~/digit.png", "--num_samples=1", f"--out={tmp_path / 'home.png'}")
     refused(call(sample, f"--ckpt={smt_run('mnist')}", "--prompt=nowhere.png"), 2, "nowhere.png")
     Image.fromarray(pixels[1:]).save(tmp_path / "small.png")
     refused(call(sample, f"--ckpt={smt_run('mnist')}", f"--prompt={tmp_path / 'small.png'}"), 2, "small.png")
