@@ -288,8 +288,7 @@ def begin(run, data, networks, optimizers, fixed=()):
     if run.resume:
         lock_folder(run)
         checkpoint = load(run.checkpoint_path, run.device)
-        step, run.spent = checkpoint["step"], checkpoint["spent"]
-        was = checkpoint["config"]
+        step, run.spent, was = checkpoint["step"], checkpoint["spent"], checkpoint["config"]
         changed = {name: f"--{name}={value}, was {was.get(name)}" for name, value in flags.items()
                    if name != "resume" and was.get(name) != value}
         fixed = {"init_from", *fixed, *checkpoint["model_config"]}
@@ -308,9 +307,9 @@ def begin(run, data, networks, optimizers, fixed=()):
         except (KeyError, ValueError, TypeError, AttributeError):
             raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
         run.since, run.first_step = {"step": step, **run.spent}, step
-        ended = step == was.get("max_iters") < config.max_iters and step % config.eval_interval > 0
-        lines = [line for line in read_log(log) if line["step"] < step      # without that of a stopped run
-                 or line["step"] == step and ("train_loss" in line or ended)]
+        finished = step == was.get("max_iters") < config.max_iters and step % config.eval_interval > 0
+        lines = [line for line in read_log(log) if line["step"] < step      # and no evaluation of a stopped run
+                 or line["step"] == step and ("train_loss" in line or finished)]
         run.print("; ".join([f"resumed at step {step}", *changed.values()]))
     else:
         if config.init_from:
