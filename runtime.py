@@ -308,7 +308,7 @@ def begin(run, data, networks, optimizers, fixed=()):
             raise DataError(f"{run.checkpoint_path} is of another stage or another --optimizer") from None
         run.since, run.first_step = {"step": step, **run.spent}, step
         finished = step == was.get("max_iters") < config.max_iters and step % config.eval_interval > 0
-        lines = [line for line in read_log(log) if line["step"] < step      # and no evaluation of a stopped run
+        lines = [line for line in read_log(log) if line["step"] < step      # no evaluation of a stopped run
                  or line["step"] == step and ("train_loss" in line or finished)]
         run.print("; ".join([f"resumed at step {step}", *changed.values()]))
     else:
