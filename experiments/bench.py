@@ -67,7 +67,7 @@ class Config:
     data_dir: str = "data"      # folder that holds the prepared data sets
     preset: str = "tiny"        # sizes of the train scripts: tiny, small or paper
     device: str = "auto"        # cpu, cuda, cuda:1; auto: CUDA where there is one, else the CPU
-    compile: bool | None = None  # torch.compile the training steps; unset: on CUDA, from preset small upwards
+    compile: bool | None = None  # torch.compile the steps; unset: on CUDA from preset small on, not the LSTM
     stages: str = "smt,dmt,bptt,lstm,transformer,sample"   # what to time
     rounds: int = 7             # times that everything is timed
 

@@ -36,7 +36,7 @@ from sources import tasks
 
 BUCKETS = 32                            # of position.png: groups of neighbouring positions, at most
 HELD_DOCS, HELD_FUTURE = 32, 65         # of held.png: documents; future_len if all runs are baselines
-LENGTHS, LENGTH_DOCS = (1, 2, 4, 8), 64   # of length.png: multiples of the trained length; documents of each
+MULTIPLES, LENGTH_DOCS = (1, 2, 4, 8), 64     # of length.png: of the trained length; documents of each
 GRADIENT_DOCS, GRADIENT_STEPS = 16, 256     # of gradients.png: documents; steps back through time, at most
 MEMORY_DOCS, MEMORY_POINTS = 64, 1800   # of memory.png: documents; points in all its panels
 PATHS, PATH_STEPS = 3, 16               # of memory.png: documents with arrows; arrows of each
@@ -155,9 +155,8 @@ def drift(trained, measured, t):
 
 
 def longer_documents(meta, multiple, count):
-    """x, y (count, n): documents of a synthetic task, `multiple` times as long as the longest trained on.
-
-    Only what makes a document long changes: length, or the number of keys. UsageError where there are none.
+    """x, y (count, n): documents of a task, `multiple` times as long, or as many keys, as the longest trained
+    on. UsageError where there are none.
     """
     options = tasks.OPTIONS[meta["name"]] | meta.get("options", {})
     if "length" in options:
@@ -180,7 +179,7 @@ def longer_rows(data, T, multiple):
     last = len(data.val.tokens) - 1
     if multiple * T > last:
         raise UsageError(f"the held-out text has {last + 1} tokens, fewer than {multiple} x {T}")
-    longest = max(m for m in LENGTHS if m * T <= last)
+    longest = max(m for m in MULTIPLES if m * T <= last)
     ends = torch.from_numpy(philox(0, 0, "held out").integers(longest * T, last + 1, size=LENGTH_DOCS))
     x, y = datasets.document_rows(data.val, data.meta, ends - multiple * T, multiple * T, cut=False)
     y[:, :-max(1, T // 4)] = IGNORE
@@ -194,7 +193,7 @@ def length(trained, data):
     what, lines = "accuracy" if data.meta["kind"] == "synthetic" else "loss", []
     for run in trained:
         T, found = run.checkpoint["config"]["seq_len"], {}
-        for multiple in LENGTHS:
+        for multiple in MULTIPLES:
             try:
                 x, y = longer_documents(data.meta, multiple, LENGTH_DOCS) if what == "accuracy" \
                     else longer_rows(data, T, multiple)

@@ -10,7 +10,7 @@ from functools import partial
 import sample
 from evaluate import evaluate
 from experiments import tables, train_baseline
-from experiments.figures import longer_documents
+from experiments.figures import MULTIPLES, longer_documents
 from lib.checkpoints import restore
 
 # ----------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ ENCODERS = {                    # name in DATA: (SMT, DMT with the causal encode
     "fables": (f"{SHORT[0]} --eval_docs=16", f"{SHORT[1]} --eval_docs=16",
                f"{SHORT[0]} --eval_docs=16 {WINDOW}=16", f"{SHORT[1]} --eval_docs=16 --label_stride=8"),
 }
-LENGTHS, MULTIPLES = ("retrieval 32", "stack 32"), (1, 2, 4, 8)         # of 32 tokens
+LENGTHS = "retrieval 32", "stack 32"
 LOOK_BACK = "--context_len=256"                                         # as long as the longest document
 SCALING = {"memory_tokens": (16, 4, 8), "context_len": (220, 32, 64, 128), "d_model": (64, 16, 32, 48)}
 # the first of each size is the preset's

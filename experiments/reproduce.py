@@ -7,7 +7,8 @@
 
 An experiment (plans.py) is a list of runs of the train scripts, in runs/reproduce/<experiment>/. An
 interrupted run is resumed. A finished run is not run again unless its flags have changed. Ctrl-C stops the
-runs, which save first. Results are written anew whenever a run finishes. TinyStories and MNIST are taken from
+runs, which save first. Results are written anew whenever a run finishes, over those
+that are there. TinyStories and MNIST are taken from
 data/, where they are downloaded to if they are missing.
 """
 import dataclasses
@@ -205,7 +206,8 @@ def execute(name, config):
     todo = [run for run in runs if run not in done]
     say = functools.partial(print, flush=True)
     say(f"{name}: {len(todo)} of {len(runs)} runs to do; results: {tables.FOLDER / root.name}.md")
-    report(name, config, done)
+    if done:
+        report(name, config, done)
     try:
         while todo or running:
             for run in list(todo):
@@ -291,7 +293,7 @@ def records_of(run, root, scale, done, experiment):
     for line in curve if "sequential_flops" in measured else ():
         line["sequential_flops"] = measured["sequential_flops"][str(line["step"])]
     points = [{key: point[key] for key in CURVE if key in point} for point in curve]
-    record |= {**curve[-1], "flags": run.flags, "curve": points}
+    record |= {**curve[-1], "held_out_loss": curve[-1]["val_rnn_loss"], "flags": run.flags, "curve": points}
     record |= {name: settings[name] for name in ("lr", "max_iters")}
     return [{key: value for key, value in (record | change).items() if value is not None}
             for change in measured["changes"]]

@@ -21,7 +21,7 @@ def arc(x, y, radius, begin=0.0, end=1.0, flat=1.0):
 
 
 def line(*points):
-    """Points (n, 2) of a polygon, given as x, y, x, y, ..."""
+    """Points (n, 2) of a polyline, given as x, y, x, y, ..."""
     return np.array(points, dtype=float).reshape(-1, 2)
 
 
@@ -35,7 +35,7 @@ SKETCHES = {                            # the strokes of each class, from -1 to 
 
 
 def draw(strokes, rng):
-    """A picture of strokes, turned, stretched, moved, and each point of them jittered."""
+    """A picture of strokes, stretched, turned, moved, and each point of them jittered."""
     turn, stretch, move = rng.normal(0, 0.12), rng.normal(0.8, 0.08, 2), rng.normal(0, 0.06, 2)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     image = Image.new("L", (SIDE, SIDE), 255)

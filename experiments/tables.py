@@ -30,11 +30,12 @@ COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#7
 # Numbers and tables
 
 def chosen(records):
-    """The finished records; of a grid, which has the same case, method and seed, that of the least loss."""
+    """The finished records; of a grid, which has the same case, method and seed, that of the run with the
+    least loss on its own held-out documents."""
     best = {}
     for record in (r for r in records if r["done"]):
         key = record["case"], record["method"], record["seed"]
-        if key not in best or record["val_rnn_loss"] < best[key]["val_rnn_loss"]:
+        if key not in best or record["held_out_loss"] < best[key]["held_out_loss"]:
             best[key] = record
     return list(best.values())
 

@@ -126,8 +126,9 @@ def write_text(folder, source):
         file.seek(cut)
         shutil.copyfileobj(file, out, CHUNK)
     os.truncate(train, cut)
+    kind = ""
     for split in (train, val):
-        starts, kind = documents(split)
+        starts, kind = documents(split, kind)
         np.save(split.with_name(f"{split.stem}_starts.npy"), starts)
         print(f"{path.name}, {split.stem}: {len(starts):,} {kind}")
     share = n_foreign / (size - 1)
@@ -151,15 +152,16 @@ def text_bytes(path):
         raise DataError(f"{path} begins like {encoding} and is not: {error}") from None
 
 
-def documents(path):
-    """Where the documents of a text begin, uint64, and what they are: paragraphs, lines, or even cuts."""
+def documents(path, like=""):
+    """Where the documents of a text begin, uint64, and what they are: paragraphs, lines, or even cuts.
+
+    like: what they are in the training split; the held-out ones are the same, however few, if there are two.
+    """
+    for kind, after_blank in ("paragraphs", True), ("lines (there are few blank ones)", False):
+        starts = newlines(path, after_blank)
+        if len(starts) >= (2 if like == kind else FEW) and like in ("", kind):
+            return starts, kind
     size = path.stat().st_size
-    starts = newlines(path, after_blank=True)
-    if len(starts) >= FEW:
-        return starts, "paragraphs"
-    starts = newlines(path, after_blank=False)
-    if len(starts) >= FEW:
-        return starts, "lines (there are few blank ones)"
     return np.arange(0, size, max(1, size // FEW)).astype(np.uint64), "even cuts (there are few lines)"
 
 

@@ -162,6 +162,13 @@ def test_text_with_windows_lines_has_paragraphs_too(tmp_path, monkeypatch):
     assert train[some.train.starts[1]:][:4] == b"\ntwo" and len(some.train.starts) == 3
 
 
+def test_held_out_documents_of_a_text_are_of_the_kind_that_is_trained_on(tmp_path):
+    some, train, val = text_of(tmp_path, b"".join(b"Paragraph %d\nand a line.\n\n" % i for i in range(300)))
+    assert 1 < len(some.val.starts) < texts.FEW <= len(some.train.starts)
+    for tokens, split in (train, some.train), (val, some.val):
+        assert {tokens[i:i + 4] for i in split.starts.tolist()} == {b"\nPar"}
+
+
 def test_text_without_paragraphs_begins_documents_at_lines_and_one_without_lines_at_even_cuts(tmp_path):
     some, train, _ = text_of(tmp_path, b"a line of text\n" * 1000)
     assert [train[i:i + 2] for i in some.train.starts] == [b"\na"] * len(some.train.starts)

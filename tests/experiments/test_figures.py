@@ -352,7 +352,7 @@ def test_held_reads_the_same_targets_at_growing_distances():
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, value in dict(POSITIONS=(3, 6), LENGTHS=(1, 2), LENGTH_DOCS=4, TIMED=2).items():
+    for name, value in dict(POSITIONS=(3, 6), MULTIPLES=(1, 2), LENGTH_DOCS=4, TIMED=2).items():
         monkeypatch.setattr(figures, name, value)
 
 

@@ -195,6 +195,14 @@ def test_files_that_a_crash_has_damaged_are_made_again(place, commands, name, ga
     assert losses[0] == losses[1]
 
 
+def test_results_that_are_there_stay_until_a_run_has_finished(place, monkeypatch, commands):
+    tables.FOLDER.mkdir(parents=True)
+    (tables.FOLDER / "bad.md").write_text("published")
+    add(monkeypatch, "bad", lambda seeds: compare("tiny", seeds, f"{SMT} --device=cuda:77", DMT))
+    refused(call(reproduce, "bad"), 1, "2 runs failed")
+    assert (tables.FOLDER / "bad.md").read_text() == "published"
+
+
 def test_a_failing_run_is_named_in_a_line_and_the_others_go_on(place, monkeypatch, commands):
     def runs(seeds):
         first, second = compare("tiny", seeds, f"{SMT} --device=cuda:77", DMT)
@@ -367,7 +375,7 @@ def test_pictures_are_painted_again_if_they_are_gone(place, smt_run, monkeypatch
 
 def record(case, method, seed, loss, **numbers):
     return dict(case=case, method=method, seed=seed, done=True, panel=case, label=method,
-                val_rnn_loss=loss) | numbers
+                val_rnn_loss=loss, held_out_loss=loss) | numbers
 
 
 def test_median_least_and_greatest_are_over_seeds_and_the_best_of_a_grid_counts():
@@ -379,6 +387,12 @@ def test_median_least_and_greatest_are_over_seeds_and_the_best_of_a_grid_counts(
     assert cells["a", "BPTT"] == {"val_rnn_loss": [0.4], "lr": [2]}
     assert tables.table(records, "val_rnn_loss").splitlines()[4:] == \
         ["| a | 0.5000 (0.2500..1.5000) | 0.4000 |", "| b | 2.0000 | - |"]
+
+
+def test_a_learning_rate_is_not_chosen_by_what_is_measured_later():
+    grid = [record("a, 8 x the length", "BPTT", 1, 0.4, held_out_loss=0.2, lr=1),
+            record("a, 8 x the length", "BPTT", 1, 0.3, held_out_loss=0.3, lr=2)]
+    assert [best["lr"] for best in tables.chosen(grid)] == [1]
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
