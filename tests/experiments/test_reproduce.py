@@ -155,7 +155,7 @@ def test_an_interrupted_run_is_resumed_and_with_other_flags_or_data_begins_anew(
         assert call(reproduce, "pair").status == 1
     here = place / "runs" / "pair" / "tiny-smt-1337"
     assert lines(here / "metrics.jsonl")[-1]["step"] == 2
-    assert "runs: 0 of 3 done" in (place / "results" / "pair.md").read_text()
+    assert not (place / "results" / "pair.md").exists()
     assert call(reproduce, "pair").status == 0
     assert ["--resume" in command for command in commands] == [False, True, False, False]
     evaluated = [line["step"] for line in lines(here / "metrics.jsonl") if "val_rnn_loss" in line]
