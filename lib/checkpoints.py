@@ -48,7 +48,7 @@ def load(path, map_location="cpu"):
                  "model": all(w.dtype == torch.float32 and w.isfinite().all()
                               for w in (checkpoint["initial_memory"], *tensors))}
         wrong += [name for name, is_valid in valid.items() if not is_valid]
-    except (OSError, torch.OutOfMemoryError):       # not the file's fault
+    except (PermissionError, torch.OutOfMemoryError):       # not the file's fault
         raise
     except Exception as error:  # noqa: BLE001  torch raises many kinds for a damaged or foreign file
         raise DataError(f"{path} is not a checkpoint, or damaged ({type(error).__name__})") from None
