@@ -291,9 +291,9 @@ def begin(run, data, networks, optimizers, fixed=()):
         step, run.spent, was = checkpoint["step"], checkpoint["spent"], checkpoint["config"]
         changed = {name: f"--{name}={value}, was {was.get(name)}" for name, value in flags.items()
                    if name != "resume" and was.get(name) != value}
-        fixed = {"init_from", *fixed, *checkpoint["model_config"]}
-        for name in changed if config.resume == "no" else changed.keys() & fixed:   # no: torchrun's restart
-            raise UsageError(f"--resume goes on with the same --{name}: {changed[name]}")
+        fixed = flags if config.resume == "no" else {"init_from", *fixed, *checkpoint["model_config"]}
+        for name in changed.keys() & fixed:             # no: torchrun has started the same command again
+            raise UsageError(f"a resumed run keeps its --{name}: {changed[name]}")
         if step > config.max_iters:
             raise UsageError(f"--resume: the run is at step {step}, beyond --max_iters={config.max_iters}")
         check_data(checkpoint, data, run.checkpoint_path)
