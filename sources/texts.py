@@ -155,11 +155,11 @@ def text_bytes(path):
 def documents(path, like=""):
     """Where the documents of a text begin, uint64, and what they are: paragraphs, lines, or even cuts.
 
-    like: what they are in the training split; the held-out ones are the same, however few, if there are two.
+    like: what they are in the training split; held-out ones are the same if there are at least two.
     """
     for kind, after_blank in ("paragraphs", True), ("lines (there are few blank ones)", False):
-        starts = newlines(path, after_blank)
-        if len(starts) >= (2 if like == kind else FEW) and like in ("", kind):
+        starts = newlines(path, after_blank) if like in ("", kind) else ()
+        if len(starts) >= (2 if like else FEW):
             return starts, kind
     size = path.stat().st_size
     return np.arange(0, size, max(1, size // FEW)).astype(np.uint64), "even cuts (there are few lines)"
