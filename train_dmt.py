@@ -34,7 +34,7 @@ class Config(RunConfig):
     horizon: int = 0                # tokens of a roll-out; a row has T // horizon of them; 0: the whole row
     label_stride: int = 1           # steps from one label of the encoder to the next
     seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
-    p_start: float = 0.5            # share of steps from token 0; text: of rows from a document's start
+    p_start: float = 0.5            # share of steps rolled out from 0; of rows of text at a document's start
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):

@@ -88,13 +88,13 @@ def smt_loss(networks, x, y, t, counts, config):
 
         L_dec  = CE(D(m_t, x_{t+1..t+Tf-1}), y_{t..t+Tf-1})
         L_dyn  = MSE(f(m_{t-1}, x_t), m_t)                      its gradients reach E through both memories
-        L_unif = log mean_{a != b} exp(-2 |u_a - u_b|^2)        keeps memory tokens apart, those of PAD, too
+        L_unif = log mean_{a != b} exp(-2 |u_a - u_b|^2)        keeps memory tokens apart from each other
         L_read = CE(g(stop_gradient(m_t)), y_t)                 trains the readout only
         L_smt  = L_dec + lambda_dyn L_dyn + lambda_unif L_unif + L_read
 
     The causal encoder adds L_trunk, ours. A term is a sum over these rows divided by the counts (4,) of the
-    global batch; L_unif is a mean times these rows' share of it. So micro-batches add up. Returns the loss,
-    and the terms to log.
+    global batch; L_unif is a mean times these rows' share of it, in which memories after a document's end
+    count, too. So micro-batches add up. Returns the loss, and the terms to log.
     """
     encoder, updater = networks["encoder"], networks["updater"]
     n_futures, n_transitions, n_readouts, n_targets = counts.clamp(min=1)

@@ -36,7 +36,7 @@ from sources import tasks
 
 BUCKETS = 32                            # of position.png: groups of neighbouring positions, at most
 HELD_DOCS, HELD_FUTURE = 32, 65         # of held.png: documents; future_len if all runs are baselines
-MULTIPLES, LENGTH_DOCS = (1, 2, 4, 8), 64     # of length.png: of the trained length; documents of each
+MULTIPLES, LENGTH_DOCS = (1, 2, 4, 8), 64     # of length.png: times the trained length; documents
 GRADIENT_DOCS, GRADIENT_STEPS = 16, 256     # of gradients.png: documents; steps back through time, at most
 MEMORY_DOCS, MEMORY_POINTS = 64, 1800   # of memory.png: documents; points in all its panels
 PATHS, PATH_STEPS = 3, 16               # of memory.png: documents with arrows; arrows of each
@@ -155,8 +155,8 @@ def drift(trained, measured, t):
 
 
 def longer_documents(meta, multiple, count):
-    """x, y (count, n): documents of a task, `multiple` times as long, or as many keys, as the longest trained
-    on. UsageError where there are none.
+    """x, y (count, n): documents of a task with `multiple` times the length, or the keys, of the longest one
+    in training. UsageError where there are none.
     """
     options = tasks.OPTIONS[meta["name"]] | meta.get("options", {})
     if "length" in options:

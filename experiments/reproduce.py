@@ -7,9 +7,8 @@
 
 An experiment (plans.py) is a list of runs of the train scripts, in runs/reproduce/<experiment>/. An
 interrupted run is resumed. A finished run is not run again unless its flags have changed. Ctrl-C stops the
-runs, which save first. Results are written anew whenever a run finishes, over those
-that are there. TinyStories and MNIST are taken from
-data/, where they are downloaded to if they are missing.
+runs, which save first. Whenever a run has finished, the results are written anew, over those that are there.
+TinyStories and MNIST are taken from data/, where they are downloaded to if they are missing.
 """
 import dataclasses
 import functools
