@@ -38,7 +38,6 @@ TASKS = {                       # name in DATA: (flags of SMT, flags of DMT)
     "retrieval 64": ("--future_len=64", "")}
 HARDER = {"keyvalue 2": ("", ""), "stack 64": ("", ""), "modular 7": ("", ""),
           "copy 10": ("", "--max_iters=2000"), "retrieval 128": ("--future_len=128", "--max_iters=150")}
-SHORT = ("--max_iters=1000 --trunk_iters=400", "--max_iters=250")       # of fables, where the runs are many
 KINDS = {"gru": "--updater=gru", "transformer": "--updater=transformer --updater_layers=2",
          "mlp": "--updater=mlp"}
 SMT_CHANGES = ("--lambda_dyn=0.01", "--lambda_dyn=1", "--lambda_unif=0", "--future_len=1", "--future_len=4",
@@ -50,12 +49,11 @@ ENCODERS = {                    # name in DATA: (SMT, DMT with the causal encode
                      f"--future_len=64 --context_len=64 {WINDOW}=64", "--label_stride=8"),
     "stack 32": ("--context_len=32", "--max_iters=400",
                  f"--context_len=32 {WINDOW}=64", "--max_iters=400 --label_stride=8"),
-    "fables": (f"{SHORT[0]} --eval_docs=16", f"{SHORT[1]} --eval_docs=16",
-               f"{SHORT[0]} --eval_docs=16 {WINDOW}=16", f"{SHORT[1]} --eval_docs=16 --label_stride=8"),
+    "fables": ("", "", f"{WINDOW}=16", "--label_stride=8"),
 }
 LENGTHS = "retrieval 32", "stack 32"
 LOOK_BACK = "--context_len=256"                                         # as long as the longest document
-SCALING = {"memory_tokens": (16, 4, 8), "context_len": (220, 32, 64, 128), "d_model": (64, 16, 32, 48)}
+SCALING = {"memory_tokens": (16, 4, 8), "context_len": (220, 64, 128), "d_model": (64, 16, 32)}
 # the first of each size is the preset's
 
 BASELINES = {"bptt": "", "lstm": "", "transformer": ""}                 # stage: its flags
@@ -148,9 +146,12 @@ def dagger_runs(seeds):
 
 
 def updaters_runs(seeds):
-    """Each kind of updater by SMT, DMT and BPTT."""
-    return [run for kind, change in KINDS.items()
-            for run in compare("copy 6", seeds, change, "", {"bptt": change}, case=f"copy 6, {kind}")]
+    """Each kind of updater by SMT, DMT and BPTT; beside the preset's, mlp, an LSTM."""
+    runs = []
+    for kind, change in KINDS.items():
+        baselines = {"bptt": change} | ({"lstm": ""} if kind == "mlp" else {})
+        runs += compare("copy 6", seeds, change, "", baselines, case=f"copy 6, {kind}")
+    return runs
 
 
 def ablation_runs(seeds):
@@ -199,11 +200,10 @@ def pixels_runs(seeds):
 
 
 def scaling_runs(seeds):
-    """One size at a time; rows of 220 tokens whatever the context."""
+    """The preset, and one size at a time."""
     changes = ["", *(f"--{name}={value}" for name, values in SCALING.items() for value in values[1:])]
     return [run for change in changes
-            for run in compare("fables", seeds, f"{SHORT[0]} --seq_len=220 {change}", SHORT[1],
-                               case=f"fables, {change or 'base'}")]
+            for run in compare("fables", seeds, change, "", case=f"fables, {change or 'preset'}")]
 
 
 # ----------------------------------------------------------------------------------------------------

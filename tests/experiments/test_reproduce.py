@@ -107,7 +107,7 @@ def test_options_of_the_data_sets_are_those_of_the_tasks():
 
 
 def test_the_first_of_each_size_is_the_one_that_the_other_sizes_are_compared_at():
-    base = next(run for run in plans.scaling_runs([1]) if run.case == "fables, base" and run.stage == "smt")
+    base = next(run for run in plans.scaling_runs([1]) if run.case == "fables, preset" and run.stage == "smt")
     settings = reproduce.resolve("smt", ("--preset=tiny", *base.flags.split()))
     for size, values in plans.SCALING.items():
         assert values[0] == settings[size]
