@@ -20,7 +20,7 @@ TITLES = {                      # metric: (title, format)
     "seconds": ("Seconds of training", ",.0f"), "tokens": ("Tokens of training", ",.0f"),
     "sequential_flops": ("Sequential FLOPs of training", ".3g"),
     "lr": ("Learning rate", "g"), "max_iters": ("Steps of the last stage", ",.0f")}
-LOGARITHMIC = ("val_rnn_loss", "val_drift", "tokens", "sequential_flops")       # axes
+LOGARITHMIC = ("val_rnn_loss", "val_gap_to_floor", "val_drift", "tokens", "sequential_flops")   # axes
 LEAST = 1e-4            # smaller losses are drawn here
 FOLDER = Path("experiments/results")
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777"]     # for all eyes
@@ -64,9 +64,13 @@ def cell(values, form):
 
 
 def table(records, metric):
-    """Markdown: a row for each case, a column for each method, and for accuracies one for chance."""
+    """Markdown: a row for each case, a column for each method, and for accuracies one for chance.
+
+    Rows are in the order of the records; those of one panel that have a value, in the order of the values.
+    """
     title, form = TITLES[metric]
-    cells = summarise(records, [metric])
+    cells, order = summarise(records, [metric]), list(dict.fromkeys(r["panel"] for r in records))
+    records = sorted(records, key=lambda r: (order.index(r["panel"]), r.get("value", 0)))
     cases, methods = (list(dict.fromkeys(r[key] for r in records)) for key in ("case", "method"))
     chance = {r["case"]: r["chance"] for r in records if metric == "val_rnn_accuracy" and "chance" in r}
     rows = [["", *methods, *["chance"] * bool(chance)], ["---"] * (1 + len(methods) + bool(chance))]
@@ -79,21 +83,21 @@ def table(records, metric):
 def write(name, facts, records, metrics, figure):
     """Write FOLDER/<name>.json, .md and .png. facts: {key: text above the tables}; figure: made below."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    notes = figure(records, FOLDER / f"{name}.png")
+    figure(records, FOLDER / f"{name}.png")
     rows = [{"case": case, "method": method, **{metric: spread(values) for metric, values in numbers.items()}}
             for (case, method), numbers in summarise(records, metrics).items()]
-    content = json.dumps(facts | {"notes": notes, "rows": rows, "records": records}, indent=1) + "\n"
+    content = json.dumps(facts | {"rows": rows, "records": records}, indent=1) + "\n"
     write_atomically(FOLDER / f"{name}.json", lambda path: path.write_text(content))
     there = {key for record in records if record["done"] for key in record}
     pictures = [f"{name}.png", *(picture for record in records for picture in record.get("pictures", ()))]
     text = "\n".join([f"# {name}\n", *(f"- {key}: {value}" for key, value in facts.items()), "",
                       *(table(records, metric) for metric in metrics if metric in there),
-                      *(f"{note}\n" for note in notes), *(f"![{name}]({name})\n" for name in pictures)])
+                      *(f"![{name}]({name})\n" for name in pictures)])
     write_atomically(FOLDER / f"{name}.md", lambda path: path.write_text(text))
 
 
 # ----------------------------------------------------------------------------------------------------
-# Figures: each maker returns figure(records, path), which draws and returns notes to print below the tables
+# Figures: each maker returns figure(records, path), which draws a PNG
 
 def panels(heights, columns, width):
     """A matplotlib figure, without pyplot's state, and its axes (rows, columns). Sizes in inches."""
@@ -158,7 +162,6 @@ def dots(*metrics, apart=False):
             ax.set_yticks(range(len(cases)), ["" if j else case.removeprefix(f"{name}, ") for case in cases])
             ax.grid(alpha=0.3)
         save(drawing, path)
-        return []
     return figure
 
 
@@ -181,23 +184,16 @@ def curves(spent, metrics):
                 scale(ax, "x", amount)
                 scale(ax, "y", metric)
         save(drawing, path)
-        return []
     return figure
 
 
-def power_law(values, losses):
-    """a, b of loss = a value^b, the least-squares line in log-log."""
-    b, log_a = np.polyfit(np.log(values), np.log(losses), 1)
-    return float(np.exp(log_a)), float(b)
-
-
-def against(*metrics, fit=False):
+def against(*metrics):
     """A panel for each metric and record["panel"]: the metric by record["value"], a line for each method.
 
-    Lines go through the medians over the seeds. With `fit` they are power laws, both axes logarithmic.
+    Lines go through the medians over the seeds, bars are the ranges.
     """
     def figure(records, path):
-        runs, colour, notes = chosen(records), colours(records), []
+        runs, colour = chosen(records), colours(records)
         names = list(dict.fromkeys(r["panel"] for r in runs))
         drawing, axes = panels([3.2] * len(metrics), max(1, len(names)), 4.0)
         for (i, metric), (j, name) in product(enumerate(metrics), enumerate(names)):
@@ -213,18 +209,11 @@ def against(*metrics, fit=False):
                 points = {}
                 for r in (r for r in here if r["method"] == method and metric in r):
                     points.setdefault(r["value"], []).extend(shown(metric, [r[metric]]))
-                if len(points) < 1 + fit:       # nothing to draw, or to fit, until further runs are finished
+                if not points:          # no run of the method has finished
                     continue
                 x, y = zip(*((value, float(np.median(points[value]))) for value in sorted(points)))
-                ax.plot(x, y, "o" if fit else "o-", color=colour[method], label=method)
+                ax.plot(x, y, "o-", color=colour[method], label=method)
                 ax.vlines(x, [min(points[v]) for v in x], [max(points[v]) for v in x], color=colour[method])
-                if fit and min(y) > 0:
-                    a, b = power_law(x, y)
-                    ax.plot(x, [a * value ** b for value in x], "--", color=colour[method])
-                    ax.set_yscale("log")
-                    law = f"{TITLES[metric][0].lower()} = {a:.3g} x {name}^{b:.3f}"
-                    notes.append(f"{method}: {law} ({len(x)} points)")
             scale(ax, "y", metric)
         save(drawing, path)
-        return notes
     return figure

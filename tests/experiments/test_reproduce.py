@@ -381,7 +381,7 @@ def record(case, method, seed, loss, **numbers):
 def test_median_least_and_greatest_are_over_seeds_and_the_best_of_a_grid_counts():
     losses = [record("a", "SMT", seed, loss) for seed, loss in ((1, 0.5), (2, 0.25), (3, 1.5))]
     records = [*losses, record("a", "BPTT", 1, 0.9, lr=1), record("a", "BPTT", 1, 0.4, lr=2),
-               record("b", "SMT", 1, 2.0), dict(case="b", method="BPTT", seed=1, done=False)]
+               record("b", "SMT", 1, 2.0), dict(case="b", panel="b", method="BPTT", seed=1, done=False)]
     cells = tables.summarise(records, ["val_rnn_loss", "lr"])
     assert tables.spread(cells["a", "SMT"]["val_rnn_loss"]) == dict(median=0.5, min=0.25, max=1.5, seeds=3)
     assert cells["a", "BPTT"] == {"val_rnn_loss": [0.4], "lr": [2]}
@@ -395,15 +395,11 @@ def test_a_learning_rate_is_not_chosen_by_what_is_measured_later():
     assert [best["lr"] for best in tables.chosen(grid)] == [1]
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")
-def test_power_law_is_recovered_where_there_are_two_sizes(tmp_path):
-    sizes, draw = (1, 2, 4, 8), tables.against("val_gap_to_floor", fit=True)
-    records = [record("k", "SMT", seed, 1.0, value=v, val_gap_to_floor=3 * v ** -0.5) | {"case": f"k {v}"}
-               for v in sizes for seed in (1, 2)]
-    assert tables.power_law(sizes, [3 * v ** -0.5 for v in sizes]) == pytest.approx((3, -0.5))
-    note, = draw(records, tmp_path / "k.png")
-    assert "= 3 x k^-0.500 (4 points)" in note
-    assert draw(records[:2], tmp_path / "k.png") == []
+def test_rows_of_a_size_are_in_its_order_whatever_ran_first():
+    records = [record(f"{size} {value}", "SMT+DMT", 1, value, panel=size, value=value)
+               for size, value in (("K", 16), ("d", 64), ("K", 4), ("d", 32), ("K", 8))]
+    rows = [line.split("|")[1].strip() for line in tables.table(records, "val_rnn_loss").splitlines()[4:]]
+    assert rows == ["K 4", "K 8", "K 16", "d 32", "d 64"]
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
