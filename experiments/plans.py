@@ -279,7 +279,7 @@ EXPERIMENTS = {
         partial(against_baselines, HARDER, baselines=RECURRENT),
         (*BOTH, "seconds", "max_iters", "lr"), tables.dots("val_rnn_accuracy")),
     "dagger": Experiment(
-        "Is it DMT that makes the RNN stand alone, or would more of SMT do?", 10, 2, dagger_runs,
+        "Is it DMT that makes the RNN stand alone, or would more of SMT do?", 5, 2, dagger_runs,
         (*BOTH, *MEMORY), tables.curves(["seconds"], ["val_rnn_accuracy", "val_drift"])),
     "updaters": Experiment(
         "Does it depend on the kind of RNN?", 30, 2, updaters_runs,
@@ -288,7 +288,7 @@ EXPERIMENTS = {
         "What does each part of SMT and DMT contribute?", 25, 2, ablation_runs,
         (*BOTH, *MEMORY), tables.dots("val_rnn_loss", "val_drift", apart=True)),
     "encoders": Experiment(
-        "One window for each memory, or many memories from one pass?", 15, 1, encoders_runs,
+        "One window for each memory, or many memories from one pass?", 25, 1, encoders_runs,
         (*BOTH, *MEMORY, "tokens"), tables.curves(["seconds", "tokens"], ["val_rnn_loss"])),
     "length": Experiment(
         "Does it hold on documents longer than those of training?", 45, 2, length_runs,
@@ -301,7 +301,7 @@ EXPERIMENTS = {
         "Does it hold over 784 steps?", 45, 1, pixels_runs,
         ("val_rnn_loss", "val_drift", *COST), tables.curves(COST, ["val_rnn_loss"]), paint_pictures),
     "scaling": Experiment(
-        "How does the loss fall with the memory, the context and the width?", 30, 1, scaling_runs,
+        "How does the loss fall with the memory, the context and the width?", 80, 2, scaling_runs,
         ("val_rnn_loss", "val_gap_to_floor", "val_teacher_loss", "seconds"),
         tables.against("val_gap_to_floor", "val_teacher_loss"), measure_sizes),
 }
