@@ -57,7 +57,7 @@ class RunConfig:
     grad_accum: int = 1         # micro-batches per step and process; saves memory
     optimizer: Literal["adamw", "muon"] = "adamw"   # muon: Muon for hidden matrices, AdamW for the others
     lr: float = 1e-3            # peak learning rate
-    decay: float = 1.0          # share of the steps (SMT: after the trunk's), at the end, in which it falls
+    decay: float = 1.0          # share of the steps (SMT: after the trunk's), at the end, in which lr falls
     weight_decay: float = 0.01  # of matrices, but not of embeddings
     eval_interval: int = 250    # steps between evaluations; a checkpoint is written at each
     eval_docs: int = 64         # held-out documents to evaluate on

@@ -31,10 +31,10 @@ from sources.tasks import TASKS
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Flags of train_dmt.py, on top of the shared ones."""
-    horizon: int = 0                # tokens of a roll-out; a row has T // horizon of them; 0: the whole row
+    horizon: int = 0                # tokens of a roll-out; T // horizon roll-outs a row; 0: the whole row
     label_stride: int = 1           # steps from one label of the encoder to the next
     seq_len: int = 0                # tokens T of a training row of text; 0: as in SMT
-    p_start: float = 0.5            # share of steps rolled out from 0; of rows of text at a document's start
+    p_start: float = 0.5            # share of steps with a roll-out from token 0; also as p_start in SMT
     lambda_dyn: float = 10.0        # weight of the dynamics loss
 
     def __post_init__(self):

@@ -131,7 +131,7 @@ def parse(Config, argv=None, presets=None, generated=()):
             options = dict(nargs="?", const=True, type=parse_bool, metavar="true|false")
         elif f.name == "resume":
             options |= dict(nargs="?", const="yes")
-        tiny = f"; preset tiny: {presets['tiny'][f.name]}" if presets and f.name in presets["tiny"] else ""
+        tiny = f"; tiny, fables: {presets['tiny'][f.name]}" if presets and f.name in presets["tiny"] else ""
         text = f"{comments.get(f.name)} (default {'unset' if f.default in (None, '') else f.default}{tiny})"
         parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **options)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

@@ -45,7 +45,7 @@ def test_help_lists_every_field_with_its_default_and_its_comment(script, monkeyp
     for field in fields(script.Config):
         comment = " ".join(field_comments(script.Config)[field.name].split())
         default = "unset" if field.default in (None, "") else field.default
-        more = f"; preset tiny: {tiny[field.name]})" if field.name in tiny else ")"
+        more = f"; tiny, fables: {tiny[field.name]})" if field.name in tiny else ")"
         assert f"--{field.name} " in text and f"{comment} (default {default}{more}" in text, field.name
 
 
