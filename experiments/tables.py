@@ -195,7 +195,7 @@ def against(*metrics):
     def figure(records, path):
         runs, colour = chosen(records), colours(records)
         names = list(dict.fromkeys(r["panel"] for r in runs))
-        drawing, axes = panels([3.2] * len(metrics), max(1, len(names)), 4.0)
+        drawing, axes = panels([3.6] * len(metrics), max(1, len(names)), 4.0)
         for (i, metric), (j, name) in product(enumerate(metrics), enumerate(names)):
             ax = axes[i, j]
             here = [r for r in runs if r["panel"] == name]
