@@ -43,14 +43,7 @@ KINDS = {"gru": "--updater=gru", "transformer": "--updater=transformer --updater
 SMT_CHANGES = ("--lambda_dyn=0.01", "--lambda_dyn=1", "--lambda_unif=0", "--future_len=1", "--future_len=4",
                "--future_len=12", "--trunk_iters=0", "--conv_width=1", "--optimizer=adamw")    # one at a time
 DMT_CHANGES = ("--lambda_dyn=10", "--optimizer=adamw")
-WINDOW = "--encoder=window --trunk_iters=0 --positions=1 --batch_size"
-ENCODERS = {                    # name in DATA: (SMT, DMT with the causal encoder; the same with the window)
-    "fables": ("", "", f"{WINDOW}=16", "--label_stride=8"),
-    "retrieval 64": ("--future_len=64 --context_len=64", "",
-                     f"--future_len=64 --context_len=64 {WINDOW}=64", "--label_stride=8"),
-    "stack 32": ("--context_len=32", "--max_iters=400",
-                 f"--context_len=32 {WINDOW}=64", "--max_iters=400 --label_stride=8"),
-}
+WINDOW = "--encoder=window --trunk_iters=0 --positions=1 --batch_size=16", "--label_stride=8"    # SMT, DMT
 LENGTHS = "retrieval 32", "stack 32"
 LOOK_BACK = "--context_len=256"                                         # as long as the longest document
 SCALING = {"memory_tokens": (16, 4, 8), "context_len": (220, 64, 128), "d_model": (64, 16, 32)}
@@ -170,19 +163,15 @@ def ablation_runs(seeds):
 def encoders_runs(seeds):
     """SMT and DMT with each encoder; each stage with the window encoder as long as with the causal one."""
     runs, probes = [], {}
-
-    def as_long_as(other, run):
-        """A probe, the first seed's, and the run."""
-        probe = replace(run, method="probe", tag=run.stage, flags=f"{run.flags} {PROBE}")
-        probe = probes.setdefault((run.case, run.stage), probe)
-        return [probe, replace(run, as_long_as=(other,), probe=probe)]
-
-    for data, (*causal, window_smt, window_dmt) in ENCODERS.items():
-        for seed in seeds:
-            reference = compare(data, [seed], *causal, case=f"{data}, causal, many positions")
-            first, second = compare(data, [seed], window_smt, window_dmt, case=f"{data}, window, 1 position")
-            entries = as_long_as(reference[0], first)
-            runs += [*reference, *entries, *as_long_as(reference[1], replace(second, after=entries[-1]))]
+    for seed in seeds:
+        causal = compare("fables", [seed], case="fables, causal, many positions")
+        window = compare("fables", [seed], *WINDOW, case="fables, window, 1 position")
+        runs += causal
+        for run, other in zip(window, causal):
+            run = replace(run, after=run.after and runs[-1])
+            probe = replace(run, method="probe", tag=run.stage, flags=f"{run.flags} {PROBE}")
+            probe = probes.setdefault(run.stage, probe)             # the first seed's
+            runs += [probe, replace(run, as_long_as=(other,), probe=probe)]
     return list(dict.fromkeys(runs))
 
 
@@ -288,7 +277,7 @@ EXPERIMENTS = {
         "What does each part of SMT and DMT contribute?", 25, 2, ablation_runs,
         (*BOTH, *MEMORY), tables.dots("val_rnn_loss", "val_drift", apart=True)),
     "encoders": Experiment(
-        "One window for each memory, or many memories from one pass?", 25, 1, encoders_runs,
+        "One window for each memory, or many memories from one pass?", 35, 2, encoders_runs,
         (*BOTH, *MEMORY, "tokens"), tables.curves(["seconds", "tokens"], ["val_rnn_loss"])),
     "length": Experiment(
         "Does it hold on documents longer than those of training?", 45, 2, length_runs,
