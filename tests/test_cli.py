@@ -210,7 +210,7 @@ def test_several_processes_do_not_share_one_gpu(tmp_path, monkeypatch):
 
 
 def without_stdout(how, script, *arguments):
-    """Status and errors of a script whose standard output is closed, a full disk, or a pipe nobody reads."""
+    """A process of a script whose standard output is closed, a full disk, or a pipe nobody reads."""
     command = [sys.executable, ROOT / script, *arguments]
     if how == "closed":
         command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
@@ -219,29 +219,35 @@ def without_stdout(how, script, *arguments):
                                    stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if how == "gone":
         process.stdout.close()
-    errors = process.stderr.read()
-    process.stderr.close()
+    return process
+
+
+def ended(process):
+    """Status and errors of a process, at its end."""
+    with process.stderr as stream:
+        errors = stream.read()
     return process.wait(timeout=300), errors
 
 
-HOW = pytest.mark.parametrize("how", ["gone", "full", "closed"])
+HOW = "gone", "full", "closed"
 
 
-@HOW
-def test_a_terminal_that_is_gone_or_full_does_not_stop_a_run(tmp_path, data_dir, how):
-    where = f"--data_dir={data_dir}", f"--out_dir={tmp_path}"
-    run = without_stdout(how, "train_smt.py", *QUICK, *SIZES, *PAIRS, "--dataset=retrieval", *where)
-    assert run == (0, "")
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 4
+def test_a_terminal_that_is_gone_or_full_does_not_stop_a_run(tmp_path, data_dir):
+    processes = {how: without_stdout(how, "train_smt.py", *QUICK, *SIZES, *PAIRS, "--dataset=retrieval",
+                                     f"--data_dir={data_dir}", f"--out_dir={tmp_path / how}") for how in HOW}
+    for how, process in processes.items():
+        assert ended(process) == (0, ""), how
+        assert torch.load(tmp_path / how / "ckpt.pt", weights_only=True)["step"] == 4
 
 
-@HOW
-@pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
-def test_what_cannot_be_printed_is_an_error_in_one_line(smt_run, data_dir, script, how):
-    run = f"--ckpt={smt_run('fables')}"
-    status, errors = without_stdout(how, script, run, f"--data_dir={data_dir}")
-    assert status == 1 and errors.splitlines()[-1].startswith("error: a file or stdout: ")
-    assert len(errors.splitlines()) == 1 + (script == "sample.py")      # which names its checkpoint
+def test_what_cannot_be_printed_is_an_error_in_one_line(smt_run, data_dir):
+    run = f"--ckpt={smt_run('fables')}", f"--data_dir={data_dir}"
+    processes = {(how, script): without_stdout(how, script, *run)
+                 for how in HOW for script in ("sample.py", "evaluate.py")}
+    for (how, script), process in processes.items():
+        status, errors = ended(process)
+        assert status == 1 and errors.splitlines()[-1].startswith("error: a file or stdout: "), (how, errors)
+        assert len(errors.splitlines()) == 1 + (script == "sample.py")      # which names its checkpoint
 
 
 def test_a_terminal_gets_a_bar_with_steps_and_loss(tmp_path, data_dir):

@@ -366,21 +366,25 @@ def started(program, arguments):
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("number, status", [
-    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_process_that_is_told_to_stop_saves_says_so_and_has_its_status(tmp_path, arguments, number, status):
-    process = started(["train_smt.py"], [*arguments, "--max_iters=1000000"])
-    for line in process.stdout:
-        step = line.split("/")[0].strip()
-        if step.isdigit() and int(step) >= 3:
-            process.send_signal(number)
-            break
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == status and not errors, errors
-    step = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"]
-    last = read_log(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert out.splitlines()[-1] == f"stopped at step {step:,} of 1,000,000; --resume goes on"
-    assert step >= 3 and last["step"] == step and "val_rnn_loss" in last
+def test_a_process_that_is_told_to_stop_saves_says_so_and_has_its_status(tmp_path, arguments, request):
+    statuses = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+    processes = {number: started(["train_smt.py"], [*arguments, "--max_iters=1000000",
+                                                    f"--out_dir={tmp_path / number.name}"])
+                 for number in statuses}
+    for process in processes.values():
+        request.addfinalizer(process.kill)
+    for number, process in processes.items():
+        for line in process.stdout:
+            step = line.split("/")[0].strip()
+            if step.isdigit() and int(step) >= 3:
+                process.send_signal(number)
+                break
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == statuses[number] and not errors, errors
+        step = torch.load(tmp_path / number.name / "ckpt.pt", weights_only=True)["step"]
+        last = read_log(tmp_path / number.name / "metrics.jsonl")[-1]
+        assert out.splitlines()[-1] == f"stopped at step {step:,} of 1,000,000; --resume goes on"
+        assert step >= 3 and last["step"] == step and "val_rnn_loss" in last
 
 
 TWICE = """

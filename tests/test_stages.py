@@ -377,12 +377,14 @@ def test_two_processes_or_micro_batches_train_like_one_process(tmp_path, data_di
         " ".join([stage, *case, f"--out_dir={tmp_path / name}-2"]) for name, (stage, case) in cases.items()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                tmp_path / "driver.py", tmp_path / "runs"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     for name, (stage, case) in cases.items():
         for kind, accumulated in (("1", "1"), ("accumulated", "2")):
             trained(TRAIN[stage], *case, f"--out_dir={tmp_path / name}-{kind}", f"--grad_accum={accumulated}")
+    errors = process.communicate(timeout=900)[1]
+    assert process.returncode == 0, errors
+    for name in cases:
         for first in ("accumulated", "1") if name != "smt-unif" else ("accumulated",):
             one, two = (Path(f"{tmp_path / name}-{kind}") for kind in (first, "2"))
             for a, b in zip(metrics(one), metrics(two), strict=True):
